@@ -1,0 +1,41 @@
+"""Where tensors are computed: the ``device`` parameter of every estimator."""
+
+from __future__ import annotations
+
+import torch
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """Return the torch device that `device` asks for.
+
+    Parameters
+    ----------
+    device : str, torch.device or None
+        None takes the first CUDA GPU where torch sees one, else the CPU.
+
+    Returns
+    -------
+    torch.device
+        A device that this machine has.
+
+    Raises
+    ------
+    ValueError
+        If torch does not know the name, or this machine lacks the device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ways_out = "Use device='cpu', or device=None for the first GPU that there is."
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} is not a torch device such as 'cpu', 'cuda' or 'cuda:1'. {ways_out}"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch sees no CUDA GPU on this machine. {ways_out}")
+    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}, but torch sees {torch.cuda.device_count()} CUDA GPU(s). {ways_out}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={device!r}, but torch sees no Apple GPU on this machine. {ways_out}")
+    return found
