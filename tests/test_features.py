@@ -1,0 +1,863 @@
+"""Images to features: against timm by hand, and what a user may rely on."""
+
+import copy
+import io
+import pickle
+import socket
+import threading
+from pathlib import Path
+
+import huggingface_hub.constants
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KernelDensity
+from sklearn.pipeline import make_pipeline
+from sklearn.utils import estimator_checks
+from timm.data import create_transform, resolve_model_data_config
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from dfkde_sklearn import _features
+from dfkde_sklearn._features import TimmFeatures
+
+REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_loaded_before():
+    _features._loaded.clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny networks spend their time on waking threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def tiny(backbone="test_resnet", **parameters):
+    """Return features of a tiny network with random weights on the CPU."""
+    parameters = {"pretrained": False, "random_state": 0, "device": "cpu"} | parameters
+    return TimmFeatures(backbone, **parameters)
+
+
+def seeded(build, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build().eval()
+
+
+def timm_inputs(network, images, **config):
+    """Return what timm's own transform makes of the images."""
+    transform = create_transform(**resolve_model_data_config(network, args=config), is_training=False)
+    return torch.stack([transform(Image.fromarray(image)) for image in images])
+
+
+def hooked(network, layer, batch):
+    """Return the output of a layer in a forward pass to the end."""
+    outputs = []
+    hook = network.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[2].clone()))
+    with torch.no_grad():
+        network(batch)
+    hook.remove()
+    return outputs[0]
+
+
+# Preprocessing
+
+
+class Input(nn.Module):
+    """A backbone whose features are the pixels that it sees."""
+
+    def __init__(self, **pretrained_cfg):
+        super().__init__()
+        if pretrained_cfg:
+            self.pretrained_cfg = pretrained_cfg
+
+    def forward(self, batch):
+        return batch.flatten(1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {
+            "input_size": (3, 24, 24),
+            "mean": (0.5, 0.4, 0.3),
+            "std": (0.2, 0.3, 0.4),
+            "interpolation": "bilinear",
+        },
+        {"input_size": (3, 32, 32), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "nearest"},
+        {
+            "input_size": (3, 30, 30),
+            "crop_pct": 0.9,
+            "crop_mode": "border",
+            "mean": (0,) * 3,
+            "std": (1,) * 3,
+        },
+    ],
+)
+def test_network_sees_exactly_what_timm_s_transform_makes_of_the_image(config, images):
+    network = Input(**config)
+    expected = timm_inputs(network, images).flatten(1)
+    np.testing.assert_array_equal(tiny(network).fit_transform(images), expected)
+    np.testing.assert_array_equal(tiny(network).fit_transform([Image.fromarray(i) for i in images]), expected)
+
+
+@pytest.mark.parametrize("image_size", [20, (20, 20), (16, 24), [16, 24]])
+def test_image_size_overrides_the_backbone_s_own(image_size, images):
+    size = (20, 20) if image_size in (20, (20, 20)) else (16, 24)
+    network = Input(input_size=(3, 40, 40))
+    features = tiny(network, image_size=image_size).fit(images)
+    assert features.input_size_ == size
+    expected = timm_inputs(network, images, input_size=(3, *size)).flatten(1)
+    np.testing.assert_array_equal(features.transform(images), expected)
+
+
+def test_paths_arrays_and_tensors_have_the_same_features(images, tmp_path):
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    expected = tiny().fit_transform(images)
+    for X in (
+        tmp_path,
+        sorted(tmp_path.iterdir()),
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        list(images),
+    ):
+        np.testing.assert_array_equal(tiny().fit_transform(X), expected)
+
+
+# Layers against timm by hand
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet", "test_byobnet"],
+)
+def test_pooled_embedding_is_the_output_of_timm_s_model_without_classifier(name, images):
+    features = tiny(name).fit(images)
+    network = seeded(lambda: timm.create_model(name, num_classes=0), features.seed_)
+    with torch.no_grad():
+        expected = network(timm_inputs(network, images))
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-4, atol=1e-5)
+    assert features.layers_ == []
+    assert features.n_features_out_ == network.num_features
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_classifier_of_a_module_is_left_out(name, images):
+    network = seeded(lambda: timm.create_model(name, num_classes=7))
+    with torch.no_grad():
+        batch = timm_inputs(network, images)
+        expected = network.forward_head(network.forward_features(batch), pre_logits=True)
+        assert network(batch).shape == (5, 7)
+    np.testing.assert_allclose(tiny(network).fit_transform(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def tokens_without_class(output):
+    return output[:, 1:].transpose(1, 2)
+
+
+def tokens(output):
+    return output.transpose(1, 2)
+
+
+def channels_first(output):
+    return output.flatten(2)
+
+
+def channels_last(output):
+    return output.flatten(1, 2).transpose(1, 2)
+
+
+def vit():
+    return VisionTransformer(img_size=64, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+
+
+def swin():
+    return SwinTransformer(
+        img_size=64, patch_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=0
+    )
+
+
+def mixer(embed_dim=24):
+    return MlpMixer(img_size=32, patch_size=8, num_blocks=2, embed_dim=embed_dim, num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "positions"),
+    [
+        ("test_resnet", "layer1", channels_first),
+        ("test_resnet", "layer3.0.conv1", channels_first),
+        ("test_efficientnet", "blocks.2", channels_first),
+        ("test_nfnet", "stages.1", channels_first),
+        ("test_byobnet", "stages.1", channels_first),
+        ("test_convnext", "stages.1", channels_first),
+        ("test_convnext", "stages.1.blocks.0.mlp", channels_last),
+        ("test_mambaout", "stages.1", channels_last),
+        ("test_vit", "blocks.1", tokens_without_class),
+        ("test_vit", "norm", tokens_without_class),
+        ("test_vit", "blocks.0.attn.qkv", tokens_without_class),
+        (vit, "blocks.1", tokens_without_class),
+        (vit, "patch_embed", tokens),
+        (swin, "layers.0", channels_last),
+        (swin, "layers.1.blocks.0.mlp", tokens),
+        (swin, "patch_embed.proj", channels_first),
+        (mixer, "blocks.1", tokens),
+        (mixer, "blocks.0.mlp_tokens", channels_first),
+    ],
+)
+@pytest.mark.parametrize("pooling", ["avg", "max", "gem"])
+def test_layer_is_pooled_over_its_positions(build, layer, positions, pooling, images):
+    if isinstance(build, str):
+        features = tiny(build, layers=layer, pooling=pooling, image_size=64).fit(images)
+        kwargs = {"img_size": 64} if "vit" in build else {}
+        network = seeded(lambda: timm.create_model(build, num_classes=0, **kwargs), features.seed_)
+    else:
+        network = seeded(build)
+        size = 32 if build is mixer else 64
+        features = tiny(network, layers=layer, pooling=pooling, image_size=size).fit(images)
+    output = hooked(network, layer, timm_inputs(network, images, input_size=(3, *features.input_size_)))
+    values = positions(output).double().numpy()  # (n, C, positions)
+    expected = {
+        "avg": values.mean(-1),
+        "max": values.max(-1),
+        "gem": np.cbrt((np.maximum(values, 1e-6) ** 3).mean(-1)),
+    }[pooling]
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_resnet_layers_by_hand(images):
+    features = tiny(layers=["layer1", "layer2"]).fit(images)
+    network = seeded(lambda: timm.create_model("test_resnet", num_classes=0), features.seed_)
+    with torch.no_grad():
+        x = network.maxpool(network.act1(network.bn1(network.conv1(timm_inputs(network, images)))))
+        first = network.layer1(x)
+        expected = torch.cat([first.mean((2, 3)), network.layer2(first).mean((2, 3))], dim=1)
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_concatenated_in_the_order_asked_for(images):
+    layers = ["layer3", "layer1", "layer2.0.conv1"]
+    features = tiny(layers=layers).fit(images)
+    single = [tiny(layers=layer).fit_transform(images) for layer in layers]
+    np.testing.assert_allclose(features.transform(images), np.hstack(single), rtol=1e-5, atol=1e-6)
+    assert features.layer_widths_ == [len(part[0]) for part in single]
+    names = features.get_feature_names_out()
+    assert len(names) == features.n_features_out_ == sum(features.layer_widths_)
+    assert (names[0], names[features.layer_widths_[0]], names[-1]) == (
+        "layer3_0",
+        "layer1_0",
+        f"layer2.0.conv1_{features.layer_widths_[2] - 1}",
+    )
+    assert tiny().fit(images).get_feature_names_out()[1] == "embedding_1"
+
+
+class Permuted(nn.Module):
+    """As many channels, rows and columns; channels first, or last."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.layer = nn.Identity()
+        self.last = last
+
+    def forward(self, batch):
+        maps = self.conv(batch)
+        return self.layer(maps.permute(0, 2, 3, 1) if self.last else maps).flatten(1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_axes_are_right_when_there_are_as_many_channels_as_rows(last, images):
+    network = seeded(lambda: Permuted(last))
+    features = tiny(network, layers=["conv", "layer"], image_size=8).fit(images)
+    assert features.layer_formats_ == ["NCHW", "NHWC" if last else "NCHW"]
+    conv, layer = np.hsplit(features.transform(images), 2)
+    np.testing.assert_allclose(layer, conv, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_batch_size_does_not_change_the_features(batch_size, images):
+    expected = tiny(layers=["layer1", "layer3"]).fit_transform(images)
+    features = tiny(layers=["layer1", "layer3"], batch_size=batch_size).fit_transform(images)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    assert features.dtype == np.float32
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.second = nn.Conv2d(4, 5, 3)
+        self.n_passes = 0
+
+    def forward(self, batch):
+        maps = self.second(self.first(batch))
+        self.n_passes += 1
+        return maps.mean((2, 3))
+
+
+def test_forward_pass_ends_after_the_last_layer_asked_for(images):
+    network = Counting()
+    features = tiny(network, layers=["second", "first"], image_size=16).fit(images)
+    before = network.n_passes
+    features.transform(images)
+    assert network.n_passes == before
+
+
+# A user's module
+
+
+def test_module_is_given_back_as_it_was(images):
+    network = timm.create_model("test_resnet", num_classes=0)
+    network.train()
+    network.layer1.eval()  # frozen in part, as in fine-tuning
+    flags = {name: part.training for name, part in network.named_modules()}
+    state = copy.deepcopy(network.state_dict())
+    tiny(network, layers="layer2").fit_transform(images)
+    assert {name: part.training for name, part in network.named_modules()} == flags
+    assert all(torch.equal(state[key], values) for key, values in network.state_dict().items())
+    assert not any(part._forward_hooks for part in network.modules())
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_module_is_given_back_as_it_was_after_an_error(images):
+    network = timm.create_model("test_resnet", num_classes=0).train()
+    features = tiny(network, layers="layer2").fit(images)
+    with pytest.raises(ValueError, match="the file is not an image"):
+        features.transform([Image.fromarray(images[0]), __file__])
+    assert network.training
+    assert not any(part._forward_hooks for part in network.modules())
+
+
+def test_module_is_shared_between_clones_and_copied_into_a_pickle(images):
+    network = seeded(lambda: timm.create_model("test_resnet", num_classes=0))
+    features = tiny(network, layers=["layer1"]).set_output(transform="pandas").fit(images)
+    twin = clone(features)
+    assert twin.backbone is network
+    assert not hasattr(twin, "n_features_out_")
+    assert twin.get_params() == features.get_params()
+    assert isinstance(twin.fit_transform(images), pd.DataFrame)
+    copied = pickle.loads(pickle.dumps(features))
+    assert copied.backbone is not network
+    pd.testing.assert_frame_equal(copied.transform(images), features.transform(images))
+
+
+class Caching(nn.Module):
+    """Keeps what it computes of its weight in evaluation mode, as timm's LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.kept = None
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, batch):
+        if self.training:
+            return batch.flatten(1)[:, :2] * self.weight
+        self.kept = self.weight * 1 if self.kept is None else self.kept
+        return batch.flatten(1)[:, :2] * self.kept
+
+
+def test_module_in_training_keeps_nothing_that_was_computed_in_evaluation(images):
+    network = Caching().train()
+    before = tiny(network).fit_transform(images)
+    with torch.no_grad():
+        network.weight *= 2
+    np.testing.assert_array_equal(tiny(network).fit_transform(images), 2 * before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_module_computes_in_its_own_dtype(dtype, images):
+    network = seeded(lambda: timm.create_model("test_resnet", num_classes=0))
+    expected = tiny(network).fit_transform(images)
+    found = tiny(copy.deepcopy(network).to(dtype)).fit_transform(images)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_non_finite_features_are_an_error_that_names_the_image(images):
+    network = Input(mean=(0,) * 3, std=(1,) * 3)
+    network.forward = lambda batch: 1 / (batch.flatten(1).amax(1, keepdim=True) - 1) * torch.ones(2)
+    X = images // 2
+    X[3] = 255
+    with pytest.raises(ValueError, match=r"images\[3\]: backbone 'Input' returned NaN or infinite"):
+        tiny(network, batch_size=2).fit_transform(X)
+
+
+@pytest.mark.skipif(
+    not REAL_WEIGHTS.exists(), reason="needs the MobileNetV2 weights, which are no part of the package"
+)
+def test_module_of_timm_with_local_weights_needs_no_further_argument(images):
+    overlay = {"file": str(REAL_WEIGHTS), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    network = timm.create_model(
+        "mobilenetv2_100", pretrained=True, num_classes=0, pad_type="same", pretrained_cfg_overlay=overlay
+    ).eval()
+    features = TimmFeatures(network).fit(images)
+    assert features.mean_ == (0.5, 0.5, 0.5)
+    assert features.n_features_out_ == 1280
+    with torch.no_grad():
+        expected = network(timm_inputs(network, images))
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-3, atol=1e-4)
+
+
+# Random weights
+
+
+def test_random_weights_follow_from_random_state_and_leave_global_generators_alone(images):
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = tiny(random_state=3).fit(images)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+    _features._loaded.clear()
+    torch.manual_seed(99)
+    again, other = tiny(random_state=3).fit(images), tiny(random_state=4).fit(images)
+    np.testing.assert_array_equal(first.transform(images), again.transform(images))
+    assert first.weights_hash_ == again.weights_hash_ != other.weights_hash_
+    assert not np.allclose(first.transform(images), other.transform(images))
+
+
+def test_loading_leaves_the_global_generator_alone(images, tmp_path):
+    file = saved(tmp_path / "weights.safetensors")
+    state = torch.get_rng_state()
+    tiny(weights=file).fit(images)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Local weights
+
+
+def saved(file, state=None, *, network="test_resnet", wrap=lambda state: state, **kwargs):
+    state = seeded(lambda: timm.create_model(network, **kwargs), 5).state_dict() if state is None else state
+    if file.suffix == ".safetensors":
+        safetensors.torch.save_file(state, file)
+    else:
+        torch.save(wrap(state), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap", "num_classes"),
+    [
+        ("a.safetensors", None, 0),
+        ("a.safetensors", None, 1000),
+        ("a.pth", lambda state: state, 3),
+        ("a.pt", lambda state: {"state_dict": state, "epoch": 3}, 0),
+        ("a.bin", lambda state: {"model": {f"module.{key}": v for key, v in state.items()}}, 0),
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_weights_come_from_the_file(name, wrap, num_classes, pretrained, images, tmp_path):
+    file = saved(tmp_path / name, wrap=wrap, num_classes=num_classes)
+    features = TimmFeatures("test_resnet", weights=file, pretrained=pretrained, device="cpu").fit(images)
+    network = seeded(lambda: timm.create_model("test_resnet", num_classes=num_classes), 5)
+    network.reset_classifier(0)
+    with torch.no_grad():
+        expected = network(timm_inputs(network, images))
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-4, atol=1e-5)
+    assert features.seed_ is None
+
+
+def test_float16_weights_are_computed_with_in_float32(images, tmp_path):
+    state = seeded(lambda: timm.create_model("test_resnet", num_classes=0), 5).state_dict()
+    state = {key: v.half() if v.is_floating_point() else v for key, v in state.items()}
+    state = {key: v for key, v in state.items() if not key.endswith("num_batches_tracked")}
+    half = tiny(weights=saved(tmp_path / "half.safetensors", state)).fit(images)
+    whole = tiny(weights=saved(tmp_path / "whole.pth", {key: v.float() for key, v in state.items()}))
+    np.testing.assert_array_equal(half.transform(images), whole.fit_transform(images))
+    assert half.weights_hash_ == whole.weights_hash_
+
+
+def test_image_size_resamples_position_embeddings_as_timm_does(images, tmp_path):
+    file = saved(tmp_path / "vit.safetensors", network="vit_tiny_patch16_224")
+    features = tiny("vit_tiny_patch16_224", weights=file, image_size=(64, 96)).fit(images)
+    network = timm.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=True,
+        num_classes=0,
+        img_size=(64, 96),
+        pretrained_cfg_overlay={"file": str(file), "custom_load": False},
+    ).eval()
+    with torch.no_grad():
+        expected = network(timm_inputs(network, images, input_size=(3, 64, 96)))
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("layer1.0.conv1.weight"), "1 missing: layer1.0.conv1.weight"),
+        (lambda state: state.update(extra=torch.ones(2)), "1 unexpected: extra"),
+        (
+            lambda state: state.update({"conv1.0.weight": torch.ones(2, 2)}),
+            r"1 of another shape: conv1.0.weight \(2, 2\) for \(\d+, 3, 3, 3\)",
+        ),
+        (lambda state: state.clear(), r"\d+ missing: bn1.bias, .*, \.\.\."),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error_that_lists_the_keys(change, message, images, tmp_path):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    change(state)
+    file = saved(tmp_path / "other.pth", dict(state))
+    with pytest.raises(
+        ValueError, match=rf"other\.pth' do not fit backbone 'test_resnet\.r160_in1k': {message}"
+    ):
+        tiny(weights=file).fit(images)
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code has run",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: pickled(Harmful()), id="code"),
+        pytest.param(lambda: pickled([1, 2]), id="no state dict"),
+        pytest.param(lambda: pickled({"a": 1}), id="no tensors"),
+        pytest.param(lambda: b"garbage", id="garbage"),
+        pytest.param(lambda: b"", id="empty"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_file_that_holds_no_weights_is_an_error_and_runs_no_code(content, suffix, images, tmp_path, capsys):
+    file = tmp_path / f"bad.{suffix}"
+    file.write_bytes(content())
+    with pytest.raises(ValueError, match=rf"bad\.{suffix}' cannot be read"):
+        tiny(weights=file).fit(images)
+    assert "code has run" not in capsys.readouterr().out
+
+
+def pickled(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_file_written_anew_is_read_anew_and_refused_by_what_was_fitted(images, tmp_path):
+    file = saved(tmp_path / "weights.pth")
+    features = tiny(weights=str(file)).fit(images)
+    features.transform(images)
+    saved(file, seeded(lambda: timm.create_model("test_resnet", num_classes=0), 6).state_dict())
+    with pytest.raises(ValueError, match=r"weights of backbone .* are not those of fit: SHA-256"):
+        features.transform(images)
+    assert clone(features).fit(images).weights_hash_ != features.weights_hash_
+
+
+# Pretrained weights, with and without a network
+
+
+def cached_weights(folder, monkeypatch, name="test_resnet.r160_in1k"):
+    """Lay a file into a cache of the hub, as a download does."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    repository = folder / f"models--timm--{name}"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    return saved(repository / "snapshots" / "abc" / "model.safetensors", network=name.partition(".")[0])
+
+
+# The second has another format at its first address than on the hub.
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "vit_tiny_patch16_224.augreg_in21k"])
+def test_cached_weights_are_used_without_asking_the_network(name, images, tmp_path, monkeypatch):
+    file = cached_weights(tmp_path, monkeypatch, name)
+    monkeypatch.setattr(socket, "socket", None)  # any connection fails
+    architecture = name.partition(".")[0]
+    features = TimmFeatures(name, device="cpu").fit(images)
+    expected = tiny(architecture, weights=file).fit(images)
+    assert features.backbone_name_ == name
+    assert features.weights_hash_ == expected.weights_hash_
+    np.testing.assert_array_equal(features.transform(images), expected.transform(images))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "hf-hub:someone/something"])
+@pytest.mark.parametrize("network", ["offline", "refused", "silent"])
+def test_weights_that_are_not_to_be_had_are_an_error_with_the_ways_out(
+    backbone, network, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if network == "silent":  # accepts, and never answers
+            server.listen()
+            monkeypatch.setattr(_features, "PROBE_SECONDS", 0.2)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", network == "offline")
+        reason = "HF_HUB_OFFLINE is set" if network == "offline" else r"http://127\.0\.0\.1:"
+        with pytest.raises(OSError, match=rf"'{backbone}.* neither in the cache .*{reason}") as error:
+            TimmFeatures(backbone).fit(images)
+    for way_out in ("weights=PATH", "HF_HUB_OFFLINE=1", "ScatteringFeatures()", "pretrained=False"):
+        assert way_out in str(error.value)
+
+
+# What is kept
+
+
+def test_fitted_state_is_small_and_plain(images):
+    features = tiny(layers=["layer1", "layer3"]).fit(images)
+    before = copy.deepcopy(features.__dict__)
+    features.transform(images)
+    assert features.__dict__ == before
+    plain = (str, int, float, type(None))
+    for name, value in features.__dict__.items():
+        if name.endswith("_"):
+            values = value if isinstance(value, list | tuple) else [value]
+            assert all(isinstance(entry, plain) for entry in values), name
+    assert len(pickle.dumps(features)) < 3000
+
+
+@pytest.mark.parametrize("store", ["pickle", "joblib"])
+def test_unpickled_features_load_their_backbone_again(store, images, tmp_path):
+    features = tiny(layers=["layer1", "layer3"]).fit(images)
+    expected = features.transform(images)
+    if store == "pickle":
+        again = pickle.loads(pickle.dumps(features))
+    else:
+        joblib.dump(features, tmp_path / "features.joblib")
+        again = joblib.load(tmp_path / "features.joblib")
+    _features._loaded.clear()
+    np.testing.assert_array_equal(again.transform(images), expected)
+
+
+def test_unpickled_features_refuse_other_weights(images):
+    features = tiny().fit(images)
+    features.seed_ += 1
+    with pytest.raises(
+        ValueError, match=r"'test_resnet.r160_in1k' are not those of fit: SHA-256 \w{12}\.\.\."
+    ):
+        features.transform(images)
+
+
+def test_backbones_are_shared_and_no_more_are_kept_than_the_bound(images):
+    for layers in (None, "layer1", ["layer2", "layer3"]):
+        clone(tiny(layers=layers)).fit_transform(images)
+        tiny("test_resnet.r160_in1k", layers=layers).fit_transform(images)
+    assert len(_features._loaded) == 1
+    for seed in range(_features.MAX_LOADED + 2):
+        tiny(random_state=seed).fit(images)
+    assert len(_features._loaded) == _features.MAX_LOADED
+
+
+def test_weights_hash_depends_on_names_shapes_dtypes_and_values():
+    def hash_of(**tensors):
+        module = nn.Module()
+        for name, values in tensors.items():
+            module.register_buffer(name, values)
+        return _features._weights_hash(module)
+
+    zeros = torch.zeros(2, 3)
+    different = [
+        hash_of(a=zeros),
+        hash_of(b=zeros),
+        hash_of(a=zeros.T),
+        hash_of(a=zeros.int()),
+        hash_of(a=zeros + 1),
+        hash_of(a=zeros.bfloat16()),
+        hash_of(a=zeros, b=zeros),
+        hash_of(),
+    ]
+    assert len(set(different)) == len(different)
+    assert hash_of(a=torch.ones(3, 2).T, b=zeros) == hash_of(b=zeros, a=torch.ones(2, 3))
+
+
+def test_threads_that_share_a_backbone_do_not_read_each_other_s_layers(images):
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    fitted = [tiny(layers=layer, batch_size=1).fit(images) for layer in layers]
+    expected = [features.transform(images) for features in fitted]
+    found = [None] * len(fitted)
+
+    def transform(i):
+        for _ in range(3):
+            found[i] = fitted[i].transform(images)
+
+    threads = [threading.Thread(target=transform, args=(i,)) for i in range(len(fitted))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+# scikit-learn
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        estimator_checks.check_no_attributes_set_in_init,
+        estimator_checks.check_parameters_default_constructible,
+        estimator_checks.check_get_params_invariance,
+        estimator_checks.check_set_params,
+        estimator_checks.check_param_validation,
+        estimator_checks.check_get_feature_names_out_error,
+        estimator_checks.check_estimator_cloneable,
+        estimator_checks.check_estimator_repr,
+        estimator_checks.check_estimator_tags_renamed,
+        estimator_checks.check_valid_tag_types,
+        estimator_checks.check_mixin_order,
+        estimator_checks.check_estimators_unfitted,
+    ],
+)
+def test_scikit_learn_s_check_passes(check):
+    check("TimmFeatures", tiny())
+
+
+def test_grid_search_over_layers_in_a_pipeline(images):
+    X = list(images) * 2
+    pipeline = make_pipeline(tiny(), PCA(2), KernelDensity(bandwidth=5.0))
+    grid = {
+        "timmfeatures__layers": [None, "layer1", ["layer1", "layer2"]],
+        "timmfeatures__image_size": [32, 48],
+    }
+    search = GridSearchCV(pipeline, grid, cv=2, error_score="raise").fit(X)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert len(set(search.cv_results_["mean_test_score"].round(6))) == 6
+    best = search.best_estimator_[0]
+    assert {"layers": best.layers, "image_size": best.image_size} == {
+        key.removeprefix("timmfeatures__"): value for key, value in search.best_params_.items()
+    }
+
+
+def test_output_may_be_a_data_frame(images):
+    frame = tiny(layers="layer1").set_output(transform="pandas").fit_transform(images)
+    assert list(frame.columns[:2]) == ["layer1_0", "layer1_1"]
+
+
+def test_module_in_a_grid_search_is_never_copied(images):
+    network = timm.create_model("test_resnet", num_classes=0)
+    pipeline = make_pipeline(tiny(network, image_size=32), PCA(2), KernelDensity())
+    search = GridSearchCV(pipeline, {"timmfeatures__layers": ["layer1", "layer2"]}, cv=2, error_score="raise")
+    assert search.fit(list(images)).best_estimator_[0].backbone is network
+
+
+def test_verbose_shows_progress(images, capsys):
+    tiny().fit_transform(images)
+    assert capsys.readouterr().err == ""
+    tiny(verbose=True).fit_transform(images)
+    assert "test_resnet.r160_in1k: 100%" in capsys.readouterr().err
+
+
+# Errors
+
+
+class Odd(nn.Module):
+    """Layers that cannot be read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.twice = nn.ReLU()
+        self.never = nn.ReLU()
+        self.pair = nn.MaxPool2d(2, return_indices=True)
+        self.windows = nn.Identity()
+        self.volume = nn.Identity()
+
+    def forward(self, batch):
+        maps = self.twice(self.twice(self.conv(batch)))
+        maps, _ = self.pair(maps)
+        self.volume(maps[:, :, None].expand(-1, -1, 3, -1, -1))
+        return self.windows(torch.cat([maps, maps])).mean((1, 2, 3))[: len(batch), None]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("layer9", r"layers=\['layer9'\] not found in backbone 'Odd'\. Available: 'conv', 'twice', "),
+        (["conv", "twise"], r"layers=\['twise'\] not found in backbone 'Odd'\. Did you mean 'twice'\?"),
+        ([], r"layers=\[\]\. Allowed"),
+        ([3], r"layers=\[3\]\. Allowed"),
+        (["conv", "conv"], r"\['conv'\] more than once"),
+        ("twice", r"layers=\['twice'\] of backbone 'Odd' runs 2 times"),
+        ("never", r"layers=\['never'\] of backbone 'Odd' never runs"),
+        ("pair", r"layers=\['pair'\] of backbone 'Odd' returns a tuple, not a tensor"),
+        ("windows", r"layers=\['windows'\] of backbone 'Odd' returns shape \(4, .* for 2 images"),
+        ("volume", r"layers=\['volume'\] of backbone 'Odd' returns shape .* not certain"),
+    ],
+)
+def test_layer_that_cannot_be_read_is_an_error_that_says_why(layers, message, images):
+    with pytest.raises(ValueError, match=message):
+        tiny(Odd(), layers=layers, image_size=16).fit(images)
+
+
+def test_axes_that_are_not_certain_are_an_error(images):
+    # 16 patches and 16 channels, in a network that takes one size only
+    with pytest.raises(ValueError, match="which axis holds the channels is not certain"):
+        tiny(mixer(embed_dim=16), layers="blocks.0", image_size=32).fit(images)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"backbone": "resnet81"}, "backbone='resnet81' is not a model of timm. Did you mean 'resnet18'"),
+        (
+            {"backbone": "resnet18.nobody_in1k"},
+            r"timm has no such weights\. Allowed: 'resnet18', .*'resnet18\.tv_in1k'",
+        ),
+        ({"backbone": "timm/resnet18"}, "'hf-hub:OWNER/MODEL'"),
+        ({"backbone": "cspresnet50d", "pretrained": True}, "timm has no pretrained weights for backbone"),
+        ({"pooling": "max"}, "pooling='max' has nothing to pool"),
+        ({"pooling": "mean"}, "The 'pooling' parameter of TimmFeatures must be"),
+        ({"backbone": 3}, "The 'backbone' parameter of TimmFeatures must be"),
+        ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\)\. Allowed: \(height, width\)"),
+        ({"image_size": (0, 32)}, r"image_size=\(0, 32\)\. Allowed: \(height, width\)"),
+        ({"image_size": 0}, "The 'image_size' parameter of TimmFeatures must be"),
+        ({"backbone": Input(), "weights": "a.pth"}, "weights='a.pth' needs a backbone by name"),
+        ({"backbone": Input(input_size=(1, 8, 8))}, "images of 1 channels"),
+        ({"backbone": nn.Conv2d(1, 2, 3)}, "backbone 'Conv2d' does not take colour images of 224 x 224"),
+        ({"backbone": swin()}, "backbone 'SwinTransformer' does not take .* 224 x 224 .* pass image_size"),
+        ({"device": "warp"}, "device='warp' is not a torch device"),
+    ],
+)
+def test_bad_parameter_is_an_error_that_says_what_is_allowed(parameters, message, images):
+    with pytest.raises(ValueError, match=message):
+        tiny(**parameters).fit(images)
+
+
+def test_missing_weights_file_is_an_error_that_names_it(images):
+    with pytest.raises(FileNotFoundError, match=r"weights='no-such\.pth': there is no such file"):
+        tiny(weights="no-such.pth").fit(images)
+
+
+def test_transform_before_fit_is_an_error(images):
+    with pytest.raises(NotFittedError):
+        tiny().transform(images)
+    broken = tiny(layers="layer9")
+    with pytest.raises(ValueError, match="not found"):
+        broken.fit(images)
+    with pytest.raises(NotFittedError):
+        broken.transform(images)
+
+
+def test_what_is_no_image_is_refused_by_fit_and_by_transform(images):
+    matrix = np.zeros((5, 7))
+    with pytest.raises(ValueError, match="feature matrix or one grey image"):
+        tiny().fit(matrix)
+    with pytest.raises(ValueError, match="feature matrix or one grey image"):
+        tiny().fit(images).transform(matrix)
