@@ -1,0 +1,673 @@
+"""DFKDEDetector: the method as a scikit-learn outlier detector."""
+
+from __future__ import annotations
+
+import warnings
+from numbers import Integral, Real
+from os import PathLike
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from scipy.special import expit
+from sklearn import get_config
+from sklearn.base import BaseEstimator, OutlierMixin, _fit_context, clone
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from dfkde_sklearn._device import as_device
+from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings, fit
+
+if TYPE_CHECKING:
+    from dfkde_sklearn._model import DfkdeModel
+
+
+class DFKDEDetector(OutlierMixin, BaseEstimator):
+    """Deep feature kernel density estimation: find what does not look like the normal training data.
+
+    Images are described by a feature stage, the descriptions are reduced to their principal components, and a Gaussian
+    kernel density of the normal training rows tells how probable a new row is. The threshold is set from scores of
+    training rows by fits that did not see them, so that the false-alarm rate asked for holds on new data.
+
+    Parameters
+    ----------
+    features : "auto", transformer or None, default="auto"
+        The feature stage. "auto" takes a two-dimensional numeric X for the feature matrix and anything else for images,
+        described by :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must
+        be a feature matrix.
+    n_components : int or float, default=16
+        Principal components to keep: at most this many, or, in (0, 1), the fewest that hold this share of the variance.
+    scaling : {"scale", "norm"} or None, default="scale"
+        What is done to the principal components before the density: "scale" divides by the largest norm in
+        training (a constant in the log density), "norm" makes each row unit length, None leaves them.
+    bandwidth : {"scott", "silverman", "loo"} or float, default="scott"
+        The factor h; the kernel covariance is h squared times the covariance of the training rows. For n rows and d
+        components, "scott" is ``n ** (-1 / (d + 4))`` and "silverman" ``(n * (d + 2) / 4) ** (-1 / (d + 4))``; "loo"
+        has the largest leave-one-out likelihood; a float is the factor itself, as `bw_method` of
+        `scipy.stats.gaussian_kde`.
+    residual : {"gaussian", "box"} or None, default=None
+        The term for what the principal components leave out. None scores the components alone, "gaussian" adds the
+        residual of probabilistic PCA [2]_, "box" weighs it by its effective dimension [3]_.
+    max_samples : int or None, default=40000
+        Fit on at most this many training rows, drawn with `random_state`; None takes all.
+    contamination : "auto" or float, default="auto"
+        "auto" takes all training rows for normal. A float in (0, 0.5] is the share of them that is anomalous: the rows
+        with the lowest scores leave the fit, and the threshold lies between them and the rest.
+    target_fpr : float, default=0.05
+        The share of new normal rows that may be called anomalous; used where `contamination` and `threshold_offset`
+        are "auto".
+    threshold_steepness : float, default=0.05
+        Slope of the probability at the threshold, per unit (nat) of log density.
+    threshold_offset : "auto" or float, default="auto"
+        The log density at which a row is as probably anomalous as normal. A float (12.0 is the original's) replaces the
+        threshold from the training data in `offset_` too.
+    device : str, torch.device or None, default=None
+        Where the density is computed, and the features of `features="auto"`: None takes the first CUDA GPU, else the
+        CPU. Apple's "mps" has no float64: there the features are computed on it and the density on the CPU.
+    random_state : int, RandomState instance or None, default=None
+        Draws the `max_samples` rows.
+
+    Attributes
+    ----------
+    features_ : transformer or None
+        The fitted feature stage; None where X is the feature matrix.
+    n_features_in_ : int
+        Number of features the density was fitted on: columns of X, or of what the feature stage returns.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns of X, where they are all strings.
+    mean_ : ndarray of shape (n_features_in_,), float64
+        Mean of the training rows.
+    components_ : ndarray of shape (n_components_, n_features_in_), float64
+        The principal axes, orthonormal, in order of decreasing variance.
+    singular_values_ : ndarray of shape (n_components_,), float64
+        Singular values of the centred training rows on the axes.
+    n_components_ : int
+        Number of components kept: bounded by `n_components`, the rank of the training rows, and their number less one.
+    max_length_ : float
+        The largest norm of a training row's components, by which "scale" divides.
+    bandwidth_ : float
+        The factor h.
+    support_ : ndarray of shape (n_support, n_components_)
+        The training rows of the density, whitened: their covariance is the identity.
+    loo_scores_ : ndarray of shape (n_samples,)
+        Log density of each training row from a fit without it; these and no others set the threshold. See Notes.
+    offset_ : float
+        The threshold: rows whose log density lies below it are called anomalous.
+    classes_ : ndarray of shape (2,)
+        ``[-1, 1]``: anomalous, normal; the columns of `predict_proba`.
+
+    See Also
+    --------
+    TimmFeatures : Features of pretrained networks.
+    ScatteringFeatures : Features that need no download.
+    sklearn.neighbors.KernelDensity : A kernel density without reduction or whitening.
+
+    Notes
+    -----
+    The density is the one of `scipy.stats.gaussian_kde` on the scaled principal components, computed in log space from
+    start to end, in the dtype of the features (float32 or float64).
+
+    `loo_scores_` are cross-fitted: the training rows are cut into 20 consecutive folds, and each fold is scored by
+    axes, whitening and kernels from the other folds. Rows left out by `max_samples` or `contamination` are scored by
+    the fit itself. `offset_` is the quantile `target_fpr` of these scores. It holds for new rows that come from where
+    the training rows came from; if several rows show one part, keep them adjacent, so that they share a fold.
+
+    References
+    ----------
+    .. [1] Akcay et al. (2022), Anomalib: a deep learning library for anomaly detection,
+       doi:10.1109/ICIP46576.2022.9897283
+    .. [2] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
+    .. [3] Box (1954), Some theorems on quadratic forms applied in the study of analysis of variance problems,
+       doi:10.1214/aoms/1177728786
+    .. [4] Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world, doi:10.1007/b106715
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dfkde_sklearn import DFKDEDetector
+    >>> rng = np.random.default_rng(0)
+    >>> good = rng.normal(size=(200, 32)) * np.linspace(2, 0.1, 32)
+    >>> detector = DFKDEDetector(n_components=4).fit(good)
+    >>> new = rng.normal(size=(3, 32)) * np.linspace(2, 0.1, 32)
+    >>> new[2] += 8
+    >>> detector.predict(new)
+    array([ 1,  1, -1])
+    >>> detector.p_values(new).round(2)
+    array([0.58, 0.43, 0.  ])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "features": [StrOptions({"auto"}), HasMethods(["fit", "transform"]), None],
+        "n_components": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="neither")],
+        "scaling": [StrOptions({"scale", "norm"}), None],
+        "bandwidth": [StrOptions({"scott", "silverman", "loo"}), Interval(Real, 0, None, closed="neither")],
+        "residual": [StrOptions({"gaussian", "box"}), None],
+        "max_samples": [Interval(Integral, 2, None, closed="left"), None],
+        "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
+        "target_fpr": [Interval(Real, 0, 1, closed="neither")],
+        "threshold_steepness": [Interval(Real, 0, None, closed="neither")],
+        "threshold_offset": [StrOptions({"auto"}), Interval(Real, None, None, closed="neither")],
+        "device": [str, torch.device, None],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        features: Any = "auto",
+        *,
+        n_components: int | float = 16,
+        scaling: Literal["scale", "norm"] | None = "scale",
+        bandwidth: Literal["scott", "silverman", "loo"] | float = "scott",
+        residual: Literal["gaussian", "box"] | None = None,
+        max_samples: int | None = 40_000,
+        contamination: Literal["auto"] | float = "auto",
+        target_fpr: float = 0.05,
+        threshold_steepness: float = 0.05,
+        threshold_offset: Literal["auto"] | float = "auto",
+        device: str | torch.device | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.features = features
+        self.n_components = n_components
+        self.scaling = scaling
+        self.bandwidth = bandwidth
+        self.residual = residual
+        self.max_samples = max_samples
+        self.contamination = contamination
+        self.target_fpr = target_fpr
+        self.threshold_steepness = threshold_steepness
+        self.threshold_offset = threshold_offset
+        self.device = device
+        self.random_state = random_state
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Fit the feature stage, the principal components, the density and the threshold to normal data.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            A feature matrix, or whatever the feature stage takes: paths, a folder, arrays, PIL images.
+        y : None
+            Ignored; there for the interface.
+
+        Returns
+        -------
+        DFKDEDetector
+            The fitted detector itself.
+
+        Raises
+        ------
+        ValueError
+            If X holds fewer than two distinct rows, NaN or infinities, or cannot be read as features or images.
+        TypeError
+            If X is sparse, complex, or of a type that is neither features nor images.
+        """
+        table = self._fit_features(X)
+        rows = _tensor(table, self._density_device())
+        n = len(rows)
+        drawn = np.arange(n)
+        if self.max_samples is not None and n > self.max_samples:
+            drawn = np.sort(check_random_state(self.random_state).choice(n, self.max_samples, replace=False))
+        fitted, scores, n_unrefitted = fit(
+            rows if len(drawn) == n else rows[torch.as_tensor(drawn)],
+            Settings(
+                self.n_components,
+                self.scaling,
+                self.bandwidth,
+                self.residual,
+                0.0 if self.contamination == "auto" else float(self.contamination),
+                _working_memory(),
+            ),
+        )
+        if n_unrefitted:
+            warnings.warn(
+                f"{n_unrefitted} of {len(drawn)} training rows cannot be scored by a fit without them: the others "
+                f"span fewer than n_components_={fitted.density.axes.shape[1]} dimensions. The threshold and the "
+                "p-values may be far off on new rows. Use fewer components or more distinct rows.",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._keep(fitted)
+        self.loo_scores_ = self._scores_of_all(fitted, rows, drawn, scores)
+        self.classes_ = np.array([-1, 1])
+        self.offset_ = self._threshold(rows)
+        return self
+
+    def predict(self, X: Any) -> NDArray[np.int64]:
+        """Return +1 for normal and -1 for anomalous rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), int64
+            -1 where `decision_function` is negative, else +1.
+        """
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def predict_proba(self, X: Any) -> NDArray[np.floating]:
+        """Return the probabilities of being anomalous and normal.
+
+        A logistic curve in the log density, of slope `threshold_steepness`, one half at `offset_`.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, 2), dtype of the features
+            Columns in the order of `classes_`: ``[:, 0]`` is P(anomalous).
+        """
+        odds = self.threshold_steepness * self.decision_function(X)
+        return np.column_stack([expit(-odds), expit(odds)])
+
+    def p_values(self, X: Any) -> NDArray[np.float64]:
+        """Return the conformal p-value of each row under the hypothesis that it is normal.
+
+        ``(1 + number of loo_scores_ <= score) / (1 + n_samples)``: a new normal row has a p-value of at most p with
+        probability p [1]_, as far as it comes from where the training rows came from.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), float64
+            From 1 / (1 + n_samples), anomalous, to 1, normal.
+
+        References
+        ----------
+        .. [1] Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world, doi:10.1007/b106715
+        """
+        scores = self.score_samples(X)
+        not_above = np.searchsorted(np.sort(self.loo_scores_), scores, side="right")
+        return (1.0 + not_above.astype(np.float64)) / (1.0 + len(self.loo_scores_))
+
+    def decision_function(self, X: Any) -> NDArray[np.floating]:
+        """Return the log density less the threshold: negative is anomalous.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), dtype of the features
+            Nats; higher is more normal.
+        """
+        scores = self.score_samples(X)
+        # In float64, since a threshold rounded to float32 may fall on the wrong side of a score.
+        return (scores.astype(np.float64) - self.offset_).astype(scores.dtype)
+
+    def score_samples(self, X: Any) -> NDArray[np.floating]:
+        """Return the log density of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), dtype of the features
+            Natural log of the density of the scaled principal components, with the residual term where `residual`
+            asks for one; higher is more normal.
+
+        Raises
+        ------
+        ValueError
+            If X has other features than in `fit`, NaN or infinities.
+        """
+        return self._log_density(X).cpu().numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the mean log density of the rows in the whole feature space.
+
+        The density of the principal components times the Gaussian residual of probabilistic PCA [1]_, whatever
+        `residual` is used for scoring, so that it compares numbers of components and bandwidths; `GridSearchCV`
+        maximises it. With ``scaling="norm"`` the components have no density in the feature space: that of the unit rows
+        stands in.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+        y : None
+            Ignored; there for the interface.
+
+        Returns
+        -------
+        float
+            Natural log of a density, per row.
+
+        References
+        ----------
+        .. [1] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
+        """
+        return float(self._log_density(X, full=True).mean())
+
+    def to_torch(self) -> DfkdeModel:
+        """Return the fitted detector as a torch module.
+
+        Returns
+        -------
+        DfkdeModel
+            Its `forward` gives P(anomalous) of image tensors, as from its `read_images`, where the feature stage is
+            :class:`TimmFeatures` or :class:`ScatteringFeatures`; of feature rows with any other.
+
+        Raises
+        ------
+        NotFittedError
+            If the detector is not fitted.
+        """
+        check_is_fitted(self)
+        from dfkde_sklearn._model import model_of
+
+        return model_of(self)
+
+    @classmethod
+    def from_torch(cls, model: DfkdeModel) -> Self:
+        """Return a fitted module as a detector.
+
+        Parameters
+        ----------
+        model : DfkdeModel
+            Fitted, from `to_torch`, or read by :meth:`DfkdeModel.from_anomalib`.
+
+        Returns
+        -------
+        DFKDEDetector
+            Fitted, with the module's threshold as `threshold_offset`. Parameters that only matter for a fit, and that
+            the module does not know, have their defaults.
+
+        Raises
+        ------
+        TypeError
+            If `model` is another module.
+        ValueError
+            If it is not fitted.
+        """
+        from dfkde_sklearn._model import detector_of
+
+        return detector_of(model, cls)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the fitted detector to a file that later versions read, and that holds no code.
+
+        One safetensors file, with a header in JSON. A backbone is stored by its name, tag and the hash of its weights.
+        The file is written whole or not at all: what was there before stays until then.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            The file, of any name.
+
+        Raises
+        ------
+        NotFittedError
+            If the detector is not fitted.
+        TypeError
+            If the feature stage is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
+            an object that the file cannot hold. Pickle and joblib keep any.
+
+        Notes
+        -----
+        Two parameters are not kept: `device`, which belongs to the machine, and a `random_state` that is a
+        generator.
+        """
+        check_is_fitted(self)
+        from dfkde_sklearn._persistence import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        *,
+        backbone: Any = None,
+        weights: str | PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        download: bool = False,
+    ) -> Self:
+        """Read a detector that `save` wrote.
+
+        Nothing in the file is run. The backbone is loaded too, and its weights are compared with those of the fit.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            The file.
+        backbone : torch.nn.Module, default=None
+            The network, for a detector whose backbone was a module.
+        weights : str or PathLike, default=None
+            File with the backbone's weights, where they lie elsewhere than at the fit.
+        device : str, torch.device or None, default=None
+            As in the constructor, for the detector and for its feature stage.
+        download : bool, default=False
+            Whether pretrained weights that this machine lacks may be downloaded.
+
+        Returns
+        -------
+        DFKDEDetector
+            As it was saved, but for `device`.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, of a newer version, or of something else, or the backbone's weights are not those
+            of the fit.
+        OSError
+            If there is no such file, or the backbone's weights are not on this machine and may not be downloaded.
+        """
+        from dfkde_sklearn._persistence import load
+
+        return load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
+
+    def to_onnx(self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None) -> None:
+        """Write the fitted detector as one ONNX file; needs the extra ``onnx``.
+
+        The input is ``images``, float32 of shape (n, 3, H, W), as `read_images` of the `to_torch` module gives them;
+        ``features`` of shape (n, n_features) where the feature stage is not :class:`TimmFeatures`. The outputs are
+        ``log_density`` and ``p_anomalous`` in the dtype of the features, and ``label``, int64, 1 or -1, all of shape
+        (n,). Any number n of rows will do.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            The file to write.
+        image_shape : tuple (height, width), default=None
+            Put the resizing, cropping and normalisation into the graph, for images of this size in pixels: the
+            input is then uint8 of shape (n, height, width, 3), RGB.
+
+        Raises
+        ------
+        ImportError
+            If the extra is not installed.
+        ValueError
+            If the feature stage cannot be exported, or `image_shape` is given and there is none.
+        """
+        check_is_fitted(self)
+        from dfkde_sklearn._export import write_onnx
+
+        write_onnx(self, path, image_shape)
+
+    def to_pt2(self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None) -> None:
+        """Write the fitted detector as a program of ``torch.export``, read by ``torch.export.load``.
+
+        Inputs and outputs are those of `to_onnx`.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            The file to write, by custom named ``.pt2``.
+        image_shape : tuple (height, width), default=None
+            As in `to_onnx`.
+
+        Raises
+        ------
+        ValueError
+            As in `to_onnx`.
+        """
+        check_is_fitted(self)
+        from dfkde_sklearn._export import write_program
+
+        write_program(self, path, image_shape)
+
+    def _scores_of_all(
+        self, fitted: FeatureDensity, rows: Tensor, drawn: NDArray[np.int64], scores: Tensor
+    ) -> NDArray[np.floating]:
+        """Return the scores of the drawn rows, and of the others by the fit, which has not seen them."""
+        others = np.setdiff1d(np.arange(len(rows)), drawn, assume_unique=True)
+        if len(others):
+            of_others = fitted.log_density(rows[torch.as_tensor(others)], _working_memory())
+            scores = torch.cat([scores, of_others])[torch.as_tensor(np.argsort(np.concatenate([drawn, others])))]
+        return scores.cpu().numpy()
+
+    def _threshold(self, rows: Tensor) -> float:
+        if self.threshold_offset != "auto":
+            return float(self.threshold_offset)
+        scores = self.loo_scores_.astype(np.float64)
+        share = self.target_fpr if self.contamination == "auto" else self.contamination
+        # Of the estimates of a quantile the one that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
+        quantile = float(np.quantile(scores, share, method="median_unbiased"))
+        if self.contamination == "auto":
+            return quantile
+        # Above the rows that are to be flagged and not above the others, as this fit scores them; by more than the
+        # rounding of a score, which may differ between batches.
+        n_anomalous = round(self.contamination * len(scores))
+        fitted_scores = np.sort(self._fitted(rows.dtype).log_density(rows, _working_memory()).double().cpu().numpy())
+        first_normal = float(fitted_scores[n_anomalous])
+        if n_anomalous == 0:
+            return min(quantile, first_normal)
+        last = float(fitted_scores[n_anomalous - 1])
+        rounding = 64 * float(np.finfo(self.loo_scores_.dtype).eps) * max(1.0, abs(last))
+        return min(max(quantile, last + min(rounding, (first_normal - last) / 2)), first_normal)
+
+    def _keep(self, fitted: FeatureDensity) -> None:
+        """Set the fitted attributes, as NumPy arrays and plain numbers in the units of the features."""
+        density = fitted.density
+        # The axes of a trimmed fit meet at the mean of the rows that it keeps.
+        self.mean_ = (fitted.mean + density.centre / fitted.scale).cpu().numpy()
+        self.components_ = density.axes.T.contiguous().cpu().numpy()
+        self.singular_values_ = (density.singular_values / fitted.scale).cpu().numpy()
+        self.n_components_ = len(self.components_)
+        self.max_length_ = density.max_length / fitted.scale
+        self.bandwidth_ = density.bandwidth
+        self.support_ = density.support.cpu().numpy()
+        self._scale = fitted.scale
+        self._whitening = density.whitening.cpu().numpy()
+        self._log_volume = density.log_volume
+        self._log_jacobian = density.log_jacobian
+        self._residual = density.residual
+        self._gaussian_residual = density.gaussian_residual
+
+    def _fitted(self, dtype: torch.dtype) -> FeatureDensity:
+        """Return what `_keep` took apart, on the device, for rows of `dtype`."""
+        device = self._density_device()
+        density = RowDensity(
+            centre=torch.zeros(len(self.mean_), dtype=torch.float64, device=device),
+            axes=_tensor(self.components_, device).T,
+            singular_values=_tensor(self.singular_values_, device) * self._scale,
+            scaling=self.scaling,
+            max_length=self.max_length_ * self._scale,
+            whitening=_tensor(self._whitening, device),
+            log_volume=self._log_volume,
+            log_jacobian=self._log_jacobian,
+            bandwidth=self.bandwidth_,
+            support=_tensor(self.support_, device).to(dtype),
+            residual=self._residual,
+            gaussian_residual=self._gaussian_residual,
+        )
+        return FeatureDensity(_tensor(self.mean_, device), self._scale, density)
+
+    def _log_density(self, X: Any, *, full: bool = False) -> Tensor:
+        check_is_fitted(self)
+        table = self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
+        rows = _tensor(table, self._density_device())
+        return self._fitted(rows.dtype).log_density(rows, _working_memory(), full=full)
+
+    def _fit_features(self, X: Any) -> NDArray[np.floating]:
+        """Fit the feature stage and return the feature matrix."""
+        if self.features is None or (isinstance(self.features, str) and _is_matrix(X)):
+            self.features_ = None
+            return self._validated(X, reset=True)
+        if isinstance(self.features, str):
+            from dfkde_sklearn._features import TimmFeatures
+
+            self.features_ = TimmFeatures(device=self.device)
+        else:
+            self.features_ = clone(self.features)
+        return self._validated(self.features_.fit_transform(X), reset=True)
+
+    def _validated(self, X: Any, *, reset: bool) -> NDArray[np.floating]:
+        if not _is_matrix(X):
+            raise ValueError(
+                f"features={self.features!r} {'takes' if reset else 'was fitted on'} a feature matrix of shape "
+                f"(n_samples, n_features); got images ({type(X).__name__}). Fit on images, with "
+                "features=TimmFeatures() or features=ScatteringFeatures(), or give their features."
+            )
+        if isinstance(X, Tensor):
+            X = X.detach().cpu()
+            X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+        return validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1)
+
+    def _density_device(self) -> torch.device:
+        device = as_device(self.device)
+        return torch.device("cpu") if device.type == "mps" else device
+
+
+def _is_matrix(X: Any) -> bool:
+    """Tell a feature matrix, or what scikit-learn's validation shall refuse as one, from images."""
+    if isinstance(X, str | PathLike):
+        return False
+    if isinstance(X, list | tuple):
+        first = X[0] if X else None
+        return not (isinstance(first, str | PathLike) or _depth(first) >= 2)
+    if _depth(X) >= 3:
+        return False
+    if _depth(X) == 1 and hasattr(X, "dtype") and not issparse(X):
+        values = np.asarray(X)
+        return values.dtype.kind in "biufc" or _is_matrix(list(values))
+    return True
+
+
+def _depth(X: Any) -> int:
+    """Return the number of dimensions of an array, or of nested sequences by their first elements."""
+    if hasattr(X, "ndim"):
+        return int(X.ndim)
+    if hasattr(X, "shape"):
+        return len(X.shape)
+    if hasattr(X, "__array_interface__"):  # a PIL image
+        return len(X.__array_interface__["shape"])
+    if isinstance(X, list | tuple) and X:
+        return 1 + _depth(X[0])
+    return 0
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return a tensor that shares the memory of `array` where it can; it is never written to."""
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    with warnings.catch_warnings():
+        # Read-only arrays (memory maps from joblib) are fine: nothing here writes.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array).to(device)
+
+
+def _working_memory() -> int:
+    """Return scikit-learn's bound on temporary memory, in bytes."""
+    return int(get_config()["working_memory"] * 2**20)

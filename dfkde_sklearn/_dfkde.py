@@ -1,0 +1,435 @@
+"""Deep feature kernel density estimation: the method itself, from feature rows to log densities.
+
+Functions of tensors, over the two halves that know nothing of each other: `_reduction` (principal axes) and
+`_density` (Gaussian kernels on whitened rows). The estimator, the module and the exports all come down to this file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfkde_sklearn._density import (
+    leave_one_out,
+    leave_one_out_bandwidth,
+    log_density,
+    scott_bandwidth,
+    silverman_bandwidth,
+)
+from dfkde_sklearn._reduction import (
+    CentredRows,
+    PrincipalAxes,
+    axis_signs,
+    centred_rows,
+    principal_axes,
+    span,
+)
+
+Scaling = Literal["scale", "norm"] | None
+Bandwidth = Literal["scott", "silverman", "loo"] | float
+Residual = Literal["gaussian", "box"] | None
+
+# Folds of the scores that thresholds are set from. Measured on features of photographs, 10 folds, 20, and one a row
+# hold the false-alarm rate equally well.
+N_FOLDS = 20
+# Folds are refitted on this many first axes of the whole: a fold hardly bends the first axes towards those beyond
+# them, and 512 columns hold every set of up to 512 rows or features exactly.
+FOLD_WIDTH = 512
+# Centring a scatter matrix by its mean costs the digits by which it shrinks: past this, it is summed anew.
+_CENTRING_LIMIT = 1e-4
+
+
+class Settings(NamedTuple):
+    """What a fit is asked for.
+
+    n_components : int or float, at most this many axes, or the share of variance to keep.
+    scaling : "scale", "norm" or None.
+    bandwidth : "scott", "silverman", "loo", or the factor h.
+    residual : "gaussian", "box" or None.
+    contamination : float, the share of the training rows that leaves the fit.
+    working_memory : int, bytes.
+    """
+
+    n_components: int | float
+    scaling: Scaling
+    bandwidth: Bandwidth
+    residual: Residual
+    contamination: float
+    working_memory: int
+
+
+class Units(NamedTuple):
+    """What a fit of centred and scaled rows has to know of the features that they come from.
+
+    n_features : int, dimensions of the feature space, of which the rows may span a part.
+    scale : float, the factor that took the features to the units of the rows.
+    noise : float, the largest singular value that rounding can make, in the units of the rows.
+    beyond : Tensor (2,), sum and sum of squares of the eigenvalues of the scatter matrix that the rows lack.
+    dtype : torch.dtype, in which densities are computed.
+    """
+
+    n_features: int
+    scale: float
+    noise: float
+    beyond: Tensor
+    dtype: torch.dtype
+
+
+class ResidualTerm(NamedTuple):
+    """The log density of squared distances r from the principal axes: ``log_height - r / (2 spread)``."""
+
+    spread: float
+    log_height: float
+
+    def log_density(self, squared_distances: Tensor) -> Tensor:
+        """Return the natural log of the density at each squared distance."""
+        return self.log_height - squared_distances / (2 * self.spread)
+
+
+@dataclass(frozen=True)
+class RowDensity:
+    """The density of centred and scaled rows.
+
+    Lengths are in the units of the rows, densities in those of the features.
+
+    centre : Tensor (width,), float64; where the axes meet.
+    axes : Tensor (width, d), float64, orthonormal columns.
+    singular_values : Tensor (d,), of the rows.
+    scaling : "scale", "norm" or None.
+    max_length : float, the norm of the longest training row on the axes.
+    whitening : Tensor (d, d), float64; makes the scaled coordinates white.
+    log_volume : float; what whitening adds to the log density of the scaled coordinates.
+    log_jacobian : float; what turns a density of scaled coordinates into one of coordinates in the feature space.
+    bandwidth : float, the factor h.
+    support : Tensor (n, d), the whitened training rows, in the dtype that densities are computed in.
+    residual : ResidualTerm to add to the log density, or None.
+    gaussian_residual : ResidualTerm of probabilistic PCA, which completes a density of the whole feature space; None
+        where the axes span it.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    singular_values: Tensor
+    scaling: Scaling
+    max_length: float
+    whitening: Tensor
+    log_volume: float
+    log_jacobian: float
+    bandwidth: float
+    support: Tensor
+    residual: ResidualTerm | None
+    gaussian_residual: ResidualTerm | None
+
+    def log_density(self, rows: Tensor, working_memory: int, beyond: Tensor | float = 0.0) -> Tensor:
+        """Return the natural log of the density of each row, residual term included, of shape (n,).
+
+        `beyond` (n,) is the squared distance of the rows from their features, where they are not all of these.
+        """
+        coordinates, squared_distances = self.split(rows)
+        log_densities = self.kernel_log_density(coordinates, working_memory)
+        return self.with_residual(log_densities, squared_distances + beyond)
+
+    def kernel_log_density(self, coordinates: Tensor, working_memory: int) -> Tensor:
+        """Return the natural log of the kernel density of coordinates (n, d) on the axes."""
+        whitened = self.whiten(coordinates)
+        return log_density(whitened, self.support, self.bandwidth, working_memory=working_memory) + self.log_volume
+
+    def full_log_density(self, rows: Tensor, working_memory: int) -> Tensor:
+        """Return the natural log of the density in the whole feature space, whatever `residual` scores with."""
+        coordinates, squared_distances = self.split(rows)
+        log_densities = self.kernel_log_density(coordinates, working_memory).double() + self.log_jacobian
+        if self.gaussian_residual is not None:
+            log_densities += self.gaussian_residual.log_density(squared_distances)
+        return log_densities
+
+    def leave_one_out(self, rows: Tensor, working_memory: int, beyond: Tensor | float = 0.0) -> Tensor:
+        """Return the log density of each row under kernels around all the others, on these axes."""
+        coordinates, squared_distances = self.split(rows)
+        log_densities = leave_one_out(self.whiten(coordinates), self.bandwidth, working_memory=working_memory)
+        return self.with_residual(log_densities + self.log_volume, squared_distances + beyond)
+
+    def with_residual(self, log_densities: Tensor, squared_distances: Tensor) -> Tensor:
+        """Return the log densities with the residual term of the squared distances, where there is one."""
+        if self.residual is None:
+            return log_densities
+        return log_densities + self.residual.log_density(squared_distances).to(log_densities.dtype)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the coordinates (n, d) of rows on the axes, and their squared distances (n,) from these."""
+        centred = rows - self.centre
+        coordinates = centred @ self.axes
+        # The square of a difference, not a difference of squares, which cancels where the residual is small.
+        return coordinates, (centred - coordinates @ self.axes.T).square().sum(1)
+
+    def whiten(self, coordinates: Tensor) -> Tensor:
+        """Return coordinates (n, d) scaled and whitened, in the dtype of the support."""
+        return (scaled(coordinates, self.scaling, self.max_length) @ self.whitening).to(self.support.dtype)
+
+    def in_features(self, basis: Tensor | None) -> RowDensity:
+        """Return the same density of rows of features, of which these rows are the coordinates on `basis`.
+
+        Each axis is turned so that its entry of largest magnitude is positive: one orientation for any solver.
+        """
+        axes = self.axes if basis is None else basis @ self.axes
+        signs = axis_signs(axes)
+        return replace(
+            self,
+            centre=self.centre if basis is None else basis @ self.centre,
+            axes=axes * signs,
+            whitening=signs[:, None] * self.whitening * signs,
+            support=self.support * signs.to(self.support.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class FeatureDensity:
+    """The density of feature rows: what training learns.
+
+    mean : Tensor (n_features,), float64, of the training rows.
+    scale : float, the power of two that takes features to the units of `density`.
+    density : RowDensity, of the rows ``scale * (X - mean)``.
+    """
+
+    mean: Tensor
+    scale: float
+    density: RowDensity
+
+    def log_density(self, X: Tensor, working_memory: int, *, full: bool = False) -> Tensor:
+        """Return the natural log of the density of each row of `X`, of shape (n,).
+
+        `full` asks for the density in the whole feature space, whatever residual term the scores have.
+        """
+        of_rows = self.density.full_log_density if full else self.density.log_density
+        rows = centred_rows(X, self.mean, self.scale, working_memory)
+        parts = [of_rows(block, working_memory) for block in rows.blocks()]
+        return torch.cat(parts)
+
+
+class Training(NamedTuple):
+    """The result of `fit`.
+
+    fitted : FeatureDensity.
+    loo_scores : Tensor (n,), the log density of each training row from a fit without it.
+    n_unrefitted : int, rows for which only their own kernel could be left out.
+    """
+
+    fitted: FeatureDensity
+    loo_scores: Tensor
+    n_unrefitted: int
+
+
+def fit(X: Tensor, settings: Settings) -> Training:
+    """Fit the density to the training rows `X` (n, n_features), float32 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the rows do not differ.
+    """
+    n, n_features = X.shape
+    whole = span(X, settings.working_memory)
+    scatter = whole.rows.scatter()
+    units = Units(n_features, whole.scale, whole.noise, scatter.new_zeros(2), X.dtype)
+    density = row_density(whole.rows, scatter, settings, units)
+    if density is None:
+        raise ValueError(
+            f"The {n} training rows do not differ beyond rounding, so that they have no density. Give at least two "
+            "distinct rows; a constant offset far larger than the variation hides it."
+        )
+    scores, n_unrefitted = cross_fitted_log_density(whole.rows, scatter, density, settings, units)
+    return Training(FeatureDensity(whole.mean, whole.scale, density.in_features(whole.basis)), scores, n_unrefitted)
+
+
+def row_density(rows: CentredRows, scatter: Tensor, settings: Settings, units: Units) -> RowDensity | None:
+    """Return the density of centred rows with the given scatter matrix; None where the rows do not differ.
+
+    With a contamination, the rows of lowest density, each without its own kernel, leave the fit: first the principal
+    axes, then, ranked again on the new axes, the kernels.
+    """
+    found = principal_axes(rows, settings.n_components, units.noise, scatter)
+    if found.axes.shape[1] == 0:
+        return None
+    density = _kernels(found, scatter.new_zeros(rows.width), settings, units)
+    n_kept = len(rows) - round(settings.contamination * len(rows))
+    if n_kept == len(rows):
+        return density
+    table = rows.rows()
+    normal, centre = rows.take(_highest(density.leave_one_out(table, settings.working_memory), n_kept))
+    found = principal_axes(normal, settings.n_components, units.noise)
+    if found.axes.shape[1] == 0:
+        return None
+    density = _kernels(found, centre, settings, units)
+    kept = _highest(density.leave_one_out(table, settings.working_memory), n_kept)
+    return replace(density, support=density.whiten(density.split(table[kept])[0]))
+
+
+def cross_fitted_log_density(
+    rows: CentredRows, scatter: Tensor, whole: RowDensity, settings: Settings, units: Units
+) -> tuple[Tensor, int]:
+    """Return the log density of each training row from a fit without it.
+
+    The rows are cut into consecutive folds, and each fold is scored by a fit to the other folds: their principal axes,
+    scale, whitening, contamination and kernels. In-sample scores are useless for a threshold: in many dimensions a
+    row's own kernel dominates its density. Leaving out that kernel alone is not enough: the axes still bend towards
+    the row.
+
+    Parameters
+    ----------
+    rows : CentredRows
+        The training rows.
+    scatter : Tensor of shape (width, width)
+        Their scatter matrix.
+    whole : RowDensity
+        The fit to all of them.
+    settings : Settings
+        What it was asked for.
+    units : Units
+        Of the rows.
+
+    Returns
+    -------
+    log_densities : Tensor of shape (n,)
+    n_unrefitted : int
+        Rows of folds without which fewer axes are left. For these, only their own kernel is left out.
+    """
+    n, d = len(rows), whole.axes.shape[1]
+    n_folds = min(N_FOLDS, n)
+    folds = list(pairwise(round(i * n / n_folds) for i in range(n_folds + 1)))
+    # A searched bandwidth is one number learnt from all rows: searching it again in each fold hardly changes it.
+    bandwidth = whole.bandwidth if settings.bandwidth == "loo" else settings.bandwidth
+    settings = settings._replace(n_components=d, bandwidth=bandwidth)
+    all_rows, beyond = rows, scatter.new_zeros(n)
+    if rows.width > FOLD_WIDTH:
+        leading = principal_axes(rows, FOLD_WIDTH, units.noise, scatter)
+        beyond = torch.cat(
+            [(block - (block @ leading.axes) @ leading.axes.T).square().sum(1) for block in rows.blocks()]
+        )
+        rows = centred_rows(leading.coordinates, scatter.new_zeros(leading.axes.shape[1]), 1.0, settings.working_memory)
+        units = units._replace(beyond=leading.left_out)
+    # Summed over the other folds, not subtracted from the whole: a far outlier's square would swallow the rest.
+    scatters = _sums_of_others([rows.scatter(*fold) for fold in folds])
+    log_densities = whole.support.new_empty(n)
+    unrefitted = torch.zeros(n, dtype=torch.bool, device=log_densities.device)
+    for (start, stop), others_scatter in zip(folds, scatters, strict=True):
+        in_others = torch.ones_like(unrefitted)
+        in_others[start:stop] = False
+        others, mean = rows.take(in_others)
+        others_centred = others_scatter - len(others) * torch.outer(mean, mean)
+        if others_centred.trace() < _CENTRING_LIMIT * others_scatter.trace():
+            others_centred = others.scatter()
+        density = row_density(others, others_centred, settings, units)
+        if density is None or density.axes.shape[1] < d:
+            unrefitted[start:stop] = True
+        else:
+            held_out = rows.rows(start, stop) - mean
+            log_densities[start:stop] = density.log_density(held_out, settings.working_memory, beyond[start:stop])
+    if unrefitted.any():
+        log_densities[unrefitted] = whole.leave_one_out(all_rows.rows(), settings.working_memory)[unrefitted]
+    return log_densities, int(unrefitted.sum())
+
+
+def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Units) -> RowDensity:
+    """Return the density of the rows whose principal axes meet at `centre`, with a kernel around each."""
+    n, d = found.coordinates.shape
+    scaling = settings.scaling
+    max_length = float(found.coordinates.norm(dim=1).max())
+    unwhitened = scaled(found.coordinates, scaling, max_length)
+    if scaling == "norm":
+        # The covariance of unit rows is not diagonal. Whitened by a decomposition of the rows themselves, which keeps
+        # the digits that forming the covariance would lose.
+        _, triangle = torch.linalg.qr(unwhitened - unwhitened.mean(0), mode="r")
+        _, lengths, directions = torch.linalg.svd(triangle, full_matrices=False)
+        whitening = directions.T * (math.sqrt(n - 1) / lengths)
+    else:
+        lengths = found.singular_values / (max_length if scaling == "scale" else 1.0)
+        whitening = torch.diag(math.sqrt(n - 1) / lengths)
+    support = (unwhitened @ whitening).to(units.dtype)
+    log_volume = float(d * math.log(n - 1) / 2 - lengths.log().sum())
+    # Without scaling the coordinates are in the units of the features but for the power of two.
+    log_volume += d * math.log(units.scale) if scaling is None else 0.0
+    return RowDensity(
+        centre=centre,
+        axes=found.axes,
+        singular_values=found.singular_values,
+        scaling=scaling,
+        max_length=max_length,
+        whitening=whitening,
+        log_volume=log_volume,
+        log_jacobian=d * (math.log(units.scale) - math.log(max_length)) if scaling == "scale" else 0.0,
+        bandwidth=bandwidth_factor(settings.bandwidth, support, settings.working_memory),
+        support=support,
+        residual=residual_term(settings.residual, found, units),
+        gaussian_residual=residual_term("gaussian", found, units),
+    )
+
+
+def bandwidth_factor(rule: Bandwidth, support: Tensor, working_memory: int) -> float:
+    """Return the factor h that `rule` gives for whitened rows `support` (n, d)."""
+    n, d = support.shape
+    if rule == "scott":
+        return scott_bandwidth(n, d)
+    if rule == "silverman":
+        return silverman_bandwidth(n, d)
+    if rule == "loo":
+        return leave_one_out_bandwidth(support, working_memory=working_memory)
+    return float(rule)
+
+
+def residual_term(kind: Residual, found: PrincipalAxes, units: Units) -> ResidualTerm | None:
+    """Return the term of what the axes leave out; None where `kind` is None or they leave out nothing.
+
+    The residual r is taken for a Gaussian of one variance in a number of dimensions: "gaussian", in all that are left
+    out, with their mean variance [1]_; "box", in the effective number that gives r its mean and variance [2]_.
+
+    References
+    ----------
+    .. [1] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
+    .. [2] Box (1954), Some theorems on quadratic forms, doi:10.1214/aoms/1177728786
+    """
+    n, d = found.coordinates.shape
+    if kind is None or units.n_features == d:
+        return None
+    left_out = (found.left_out + units.beyond) / (n - 1)
+    # Rows that lie exactly in the space of the axes leave out only their rounding.
+    total = max(float(left_out[0]), units.noise**2 / (n - 1))
+    if kind == "gaussian":
+        degrees = float(units.n_features - d)
+    else:
+        squares = max(float(left_out[1]) / (n - 1), (units.noise**2 / (n - 1)) ** 2)
+        degrees = total**2 / squares
+    spread = total / degrees
+    log_height = degrees * (math.log(units.scale) - math.log(2 * math.pi * spread) / 2)
+    return ResidualTerm(spread, log_height)
+
+
+def scaled(coordinates: Tensor, scaling: Scaling, max_length: float) -> Tensor:
+    """Return coordinates (n, d) divided by `max_length` ("scale"), by their own norms ("norm"), or as they are."""
+    if scaling == "scale":
+        return coordinates / max_length
+    if scaling == "norm":
+        # A row at the mean has no direction: it stays at the origin.
+        lengths = coordinates.norm(dim=1, keepdim=True)
+        return coordinates / torch.where(lengths > 0, lengths, 1.0)
+    return coordinates
+
+
+def _highest(log_densities: Tensor, n_kept: int) -> Tensor:
+    """Return a mask of the `n_kept` highest values; of equal ones, the first."""
+    order = log_densities.argsort(descending=True, stable=True)
+    kept = torch.zeros_like(log_densities, dtype=torch.bool)
+    kept[order[:n_kept]] = True
+    return kept
+
+
+def _sums_of_others(terms: list[Tensor]) -> list[Tensor]:
+    """Return, for each term, the sum of all the others."""
+    before, after = [torch.zeros_like(terms[0])], [torch.zeros_like(terms[0])]
+    for term, last in zip(terms[:-1], terms[:0:-1], strict=True):
+        before.append(before[-1] + term)
+        after.append(after[-1] + last)
+    return [left + right for left, right in zip(before, after[::-1], strict=True)]

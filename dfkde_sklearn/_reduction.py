@@ -1,0 +1,212 @@
+"""Principal components: the axes on which the normal rows spread, and what they leave out.
+
+Functions of tensors. All of it runs in float64, whatever the features are: it is a small share of the work, and
+the whitening that follows divides by the smallest kept singular value. Rows are scaled by a power of two first
+(exactly), so that squares of 1e-150 or 1e150 neither underflow nor overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A scatter matrix squares the condition number: singular values under 1e-5 of the largest have lost half their
+# digits in it, and are taken from a singular value decomposition of the rows instead.
+_SCATTER_LIMIT = 1e-10
+
+
+@dataclass(frozen=True)
+class CentredRows:
+    """The rows ``scale * (X - mean)``, made in blocks when they are asked for.
+
+    X : Tensor (n, width), float32 or float64; never written to.
+    mean : Tensor (width,), float64.
+    scale : float, a power of two.
+    block_rows : int, rows made at a time.
+    """
+
+    X: Tensor
+    mean: Tensor
+    scale: float
+    block_rows: int
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.X.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return self.X.shape[1]
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the rows from `start` to `stop`, a new float64 tensor."""
+        # Scaled before the mean is taken off: the difference of two numbers near the largest float may overflow.
+        return self.X[start:stop].to(torch.float64, copy=True).mul_(self.scale).sub_(self.mean * self.scale)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Return the rows from `start` to `stop`, block by block."""
+        stop = len(self) if stop is None else stop
+        return (self.rows(i, min(i + self.block_rows, stop)) for i in range(start, stop, self.block_rows))
+
+    def total(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the sum of the rows from `start` to `stop`, of shape (width,)."""
+        return _sum((block.sum(0) for block in self.blocks(start, stop)), self.mean.new_zeros(self.width))
+
+    def scatter(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the sum of outer products of the rows from `start` to `stop`, of shape (width, width)."""
+        nothing = self.mean.new_zeros(self.width, self.width)
+        return _sum((block.T @ block for block in self.blocks(start, stop)), nothing)
+
+    def project(self, axes: Tensor) -> Tensor:
+        """Return the coordinates of the rows on the columns of `axes`, of shape (n, d)."""
+        return torch.cat([block @ axes for block in self.blocks()])
+
+    def take(self, kept: Tensor) -> tuple[CentredRows, Tensor]:
+        """Return the rows where the mask `kept` (n,) is true, centred again, and the mean that took, (width,)."""
+        rows = replace(self, X=self.X[kept])
+        mean = rows.total() / len(rows)
+        return replace(rows, mean=self.mean + mean / self.scale), mean
+
+
+class Span(NamedTuple):
+    """A data matrix, centred, and rotated onto its span where that is smaller than the feature space.
+
+    mean : Tensor (n_features,), float64, the column means of the data.
+    basis : Tensor (n_features, width), the axes of the rotation; None where there is none.
+    rows : CentredRows of `width` columns: ``scale * (X - mean) @ basis``.
+    scale : float, the power of two by which the rows are scaled.
+    noise : float, the largest singular value that rounding alone can make, in the units of `rows`.
+    """
+
+    mean: Tensor
+    basis: Tensor | None
+    rows: CentredRows
+    scale: float
+    noise: float
+
+
+class PrincipalAxes(NamedTuple):
+    """The first principal axes of centred rows.
+
+    axes : Tensor (width, d), orthonormal columns, each with its largest entry positive.
+    coordinates : Tensor (n, d), the rows on the axes.
+    singular_values : Tensor (d,), of the rows, decreasing.
+    left_out : Tensor (2,), sum and sum of squares of the remaining eigenvalues of the scatter matrix.
+    """
+
+    axes: Tensor
+    coordinates: Tensor
+    singular_values: Tensor
+    left_out: Tensor
+
+
+def centred_rows(X: Tensor, mean: Tensor, scale: float, working_memory: int) -> CentredRows:
+    """Return the rows ``scale * (X - mean)`` in blocks of at most `working_memory` bytes."""
+    return CentredRows(X, mean, scale, max(1, working_memory // (8 * X.shape[1])))
+
+
+def span(X: Tensor, working_memory: int) -> Span:
+    """Return the centred rows of `X` on the space that they span.
+
+    Parameters
+    ----------
+    X : Tensor of shape (n_samples, n_features), float32 or float64
+    working_memory : int
+        Bytes that a block of rows may take.
+
+    Returns
+    -------
+    Span
+        With fewer samples than features the rows have n_samples columns, from a QR decomposition: all that follows
+        (the principal axes, the refits without a fold) then costs n_samples columns and not n_features.
+    """
+    n, n_features = X.shape
+    largest = float(X.abs().max())
+    # The exponent of the largest entry: after it, entries lie in [-1, 1].
+    scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+    # The spectral norm of a matrix of independent rounding errors.
+    noise = torch.finfo(X.dtype).eps * (math.sqrt(n) + math.sqrt(n_features)) * largest * scale
+    mean = torch.zeros(n_features, dtype=torch.float64, device=X.device)
+    rows = centred_rows(X, mean, scale, working_memory)
+    for _ in range(2):  # the second time takes off what rounding left of a large offset
+        rows = replace(rows, mean=rows.mean + rows.total() / n / scale)
+    if n > n_features:
+        return Span(rows.mean, None, rows, scale, noise)
+    basis, triangle = torch.linalg.qr(rows.rows().T)
+    rotated = centred_rows(triangle.T.contiguous(), mean.new_zeros(n), 1.0, working_memory)
+    return Span(rows.mean, basis, rotated, scale, noise)
+
+
+def principal_axes(
+    rows: CentredRows, n_components: int | float, noise: float, scatter: Tensor | None = None
+) -> PrincipalAxes:
+    """Return the first principal axes of centred rows.
+
+    Parameters
+    ----------
+    rows : CentredRows
+        Their mean is zero.
+    n_components : int or float
+        At most this many; a float in (0, 1) keeps the fewest axes that hold this share of the variance.
+    noise : float
+        Singular values up to this are rounding, not data.
+    scatter : Tensor of shape (width, width), default=None
+        The scatter matrix of the rows where it is known.
+
+    Returns
+    -------
+    PrincipalAxes
+        Of at most as many axes as the rows have rank.
+    """
+    scatter = rows.scatter() if scatter is None else scatter
+    eigenvalues, vectors = torch.linalg.eigh(scatter)
+    eigenvalues, vectors = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+    d = _count(eigenvalues, n_components, len(rows))
+    if d and eigenvalues[d - 1] < _SCATTER_LIMIT * eigenvalues[0]:
+        _, triangle = torch.linalg.qr(rows.rows(), mode="r")
+        _, singular_values, vectors = torch.linalg.svd(triangle, full_matrices=False)
+        vectors, eigenvalues = vectors.T, singular_values.square()
+        d = _count(eigenvalues, n_components, len(rows))
+        # A backward stable decomposition errs by a few roundings of its largest value.
+        noise = max(noise, 10 * torch.finfo(torch.float64).eps * float(singular_values[0]))
+        d = min(d, int((singular_values > noise).sum()))
+    else:
+        d = min(d, int((eigenvalues > noise**2).sum()))
+    left_out = torch.stack([eigenvalues[d:].sum(), eigenvalues[d:].square().sum()])
+    axes = vectors[:, :d]
+    if d == 0:
+        return PrincipalAxes(axes, axes.new_zeros(len(rows), 0), axes.new_zeros(0), left_out)
+    # One Rayleigh-Ritz step on the rows themselves gives singular values that are exact for these coordinates.
+    coordinates = rows.project(axes)
+    _, triangle = torch.linalg.qr(coordinates, mode="r")
+    _, singular_values, turn = torch.linalg.svd(triangle, full_matrices=False)
+    axes, coordinates = axes @ turn.T, coordinates @ turn.T
+    return PrincipalAxes(axes, coordinates, singular_values, left_out)
+
+
+def axis_signs(axes: Tensor) -> Tensor:
+    """Return the sign of the entry of largest magnitude of each column, so that an axis has one orientation."""
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0).to(axes.dtype)
+
+
+def _count(eigenvalues: Tensor, n_components: int | float, n: int) -> int:
+    possible = min(n - 1, len(eigenvalues))
+    if n_components >= 1:
+        return min(int(n_components), possible)
+    share = eigenvalues.cumsum(0)
+    # The sum itself is rounded: a share of 0.9 is reached by 0.9 less a rounding.
+    enough = share >= n_components * share[-1] * (1 - 1e-12)
+    return min(int(enough.to(torch.int8).argmax()) + 1, possible)
+
+
+def _sum(terms: Iterator[Tensor], nothing: Tensor) -> Tensor:
+    for term in terms:
+        nothing += term
+    return nothing

@@ -1,0 +1,477 @@
+"""DFKDEDetector: the density against scipy, the threshold against slow refits, and what a user may get wrong."""
+
+import pickle
+import warnings
+from itertools import pairwise
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from scipy.stats import gaussian_kde
+from sklearn import config_context
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.decomposition import PCA
+from sklearn.model_selection import GridSearchCV, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dfkde_sklearn import DFKDEDetector
+
+
+def rows(n, width=20, seed=0, rank=None):
+    rank = width if rank is None else rank
+    mixing = np.random.default_rng(1).normal(size=(rank, width)) * np.logspace(0, -1, width)
+    return np.random.default_rng(seed).normal(size=(n, rank)) @ mixing + 3.0
+
+
+def scaled(detector, X):
+    """The scaled principal components, from the public attributes."""
+    Z = (X - detector.mean_) @ detector.components_.T
+    if detector.scaling == "scale":
+        return Z / detector.max_length_
+    return Z / np.linalg.norm(Z, axis=1, keepdims=True) if detector.scaling == "norm" else Z
+
+
+# ---- the density
+
+
+@pytest.mark.parametrize("scaling", ["scale", "norm", None])
+@pytest.mark.parametrize("bandwidth", ["scott", "silverman", 0.3])
+@pytest.mark.parametrize(("n", "width", "n_components"), [(120, 20, 5), (40, 90, 8), (30, 1, 16), (60, 4, 0.9)])
+def test_score_samples_is_scipys_log_density(scaling, bandwidth, n, width, n_components):
+    X, new = rows(n, width), rows(25, width, seed=2)
+    detector = DFKDEDetector(n_components=n_components, scaling=scaling, bandwidth=bandwidth).fit(X)
+    reference = gaussian_kde(scaled(detector, X).T, bw_method=bandwidth)
+    np.testing.assert_allclose(detector.score_samples(new), reference.logpdf(scaled(detector, new).T), rtol=1e-10)
+    np.testing.assert_allclose(detector.score_samples(X), reference.logpdf(scaled(detector, X).T), rtol=1e-10)
+    assert detector.bandwidth_ == pytest.approx(reference.factor)
+
+
+@pytest.mark.parametrize("residual", ["gaussian", "box"])
+@pytest.mark.parametrize(("n", "width"), [(80, 20), (25, 60)])
+def test_the_residual_term_is_the_formula(residual, n, width):
+    X, new = rows(n, width), rows(10, width, seed=2)
+    plain = DFKDEDetector(n_components=4).fit(X)
+    detector = DFKDEDetector(n_components=4, residual=residual).fit(X)
+    left_out = np.linalg.svd(X - X.mean(0), compute_uv=False)[4:] ** 2 / (n - 1)
+    r = ((new - X.mean(0)) ** 2).sum(1) - (((new - X.mean(0)) @ plain.components_.T) ** 2).sum(1)
+    if residual == "gaussian":
+        spread = left_out.sum() / (width - 4)
+        degrees = width - 4
+    else:
+        spread = (left_out**2).sum() / left_out.sum()
+        degrees = left_out.sum() ** 2 / (left_out**2).sum()
+    term = -r / (2 * spread) - degrees / 2 * np.log(2 * np.pi * spread)
+    np.testing.assert_allclose(detector.score_samples(new), plain.score_samples(new) + term, rtol=1e-10)
+
+
+def test_score_is_the_mean_log_density_of_the_whole_space():
+    X, new = rows(200, 6), rows(50, 6, seed=2)
+    detector = DFKDEDetector(n_components=2).fit(X)
+    Z, new_Z = ((A - X.mean(0)) @ detector.components_.T for A in (X, new))
+    left_out = np.linalg.svd(X - X.mean(0), compute_uv=False)[2:] ** 2 / 199
+    r = ((new - X.mean(0)) ** 2).sum(1) - (new_Z**2).sum(1)
+    gaussian = -r / (2 * left_out.mean()) - 2 * np.log(2 * np.pi * left_out.mean())
+    expected = (gaussian_kde(Z.T).logpdf(new_Z.T) + gaussian).mean()
+    for settings in ({}, {"scaling": None}, {"residual": "box"}, {"residual": "gaussian"}):
+        assert DFKDEDetector(n_components=2, **settings).fit(X).score(new) == pytest.approx(expected, rel=1e-10)
+
+
+def test_score_finds_the_number_of_dimensions_where_the_reduced_likelihood_takes_the_most():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 4)) @ rng.normal(size=(4, 15)) * 3 + rng.normal(size=(300, 15))
+    grid = {"n_components": [1, 2, 4, 8, 12]}
+    search = GridSearchCV(DFKDEDetector(), grid).fit(X)
+    assert search.best_params_ == {"n_components": 4}
+    reduced = GridSearchCV(DFKDEDetector(), grid, scoring=lambda d, X: d.score_samples(X).mean()).fit(X)
+    assert reduced.best_params_ == {"n_components": 12}
+
+
+@pytest.mark.parametrize("scaling", ["scale", "norm", None])
+def test_attributes_describe_the_fit(scaling):
+    X = rows(50, 12)
+    detector = DFKDEDetector(n_components=5, scaling=scaling).fit(X)
+    pca = PCA(5, svd_solver="full").fit(X)
+    np.testing.assert_allclose(detector.mean_, pca.mean_, rtol=1e-12)
+    np.testing.assert_allclose(detector.singular_values_, pca.singular_values_, rtol=1e-12)
+    np.testing.assert_allclose(np.abs(detector.components_ @ pca.components_.T), np.eye(5), atol=1e-12)
+    assert (detector.components_[range(5), np.abs(detector.components_).argmax(1)] > 0).all()
+    assert detector.max_length_ == pytest.approx(np.linalg.norm(pca.transform(X), axis=1).max())
+    np.testing.assert_allclose(np.cov(detector.support_.T), np.eye(5), atol=1e-10)
+    assert detector.n_components_ == 5
+    assert detector.loo_scores_.shape == (50,)
+    assert detector.classes_.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("residual", [None, "box"])
+@pytest.mark.parametrize("scaling", ["scale", "norm"])
+def test_far_rows_have_finite_ordered_scores(scaling, residual):
+    X = rows(60, 8)
+    detector = DFKDEDetector(n_components=4, scaling=scaling, residual=residual).fit(X)
+    distances = np.logspace(0, 6, 40)[:, None] * X.std()
+    scores = detector.score_samples(X[:1] + distances * detector.components_.sum(0))
+    assert np.isfinite(scores).all()
+    if scaling == "scale":
+        assert (np.diff(scores[5:]) < 0).all()
+
+
+@pytest.mark.parametrize("scaling", ["scale", "norm"])
+def test_a_score_does_not_depend_on_the_other_rows(scaling):
+    X, new = rows(300, 10), rows(200, 10, seed=2)
+    new[::7] *= 1e4
+    detector = DFKDEDetector(n_components=6, scaling=scaling, residual="box").fit(X)
+    together = detector.score_samples(new)
+    order = np.random.default_rng(0).permutation(200)
+    np.testing.assert_allclose(detector.score_samples(new[order]), together[order], rtol=1e-12)
+    np.testing.assert_allclose([detector.score_samples(row[None])[0] for row in new], together, rtol=1e-12)
+    with config_context(working_memory=0.01):
+        np.testing.assert_allclose(detector.score_samples(new), together, rtol=1e-12)
+
+
+def test_scaling_weights_no_ranking():
+    X, new = rows(80, 10), rows(40, 10, seed=2)
+    scores = DFKDEDetector(n_components=3).fit(X).score_samples(new)
+    unscaled = DFKDEDetector(n_components=3, scaling=None).fit(X)
+    shift = 3 * np.log(unscaled.max_length_)
+    np.testing.assert_allclose(unscaled.score_samples(new) + shift, scores, rtol=1e-10)
+
+
+def test_float32_stays_float32_and_agrees_with_float64():
+    X, new = rows(200, 10).astype(np.float32), rows(50, 10, seed=2).astype(np.float32)
+    single = DFKDEDetector(n_components=4, residual="box").fit(X)
+    double = DFKDEDetector(n_components=4, residual="box").fit(X.astype(np.float64))
+    assert single.score_samples(new).dtype == single.loo_scores_.dtype == single.support_.dtype == np.float32
+    assert single.predict_proba(new).dtype == single.decision_function(new).dtype == np.float32
+    np.testing.assert_allclose(single.score_samples(new), double.score_samples(new.astype(float)), atol=5e-5)
+
+
+def test_loo_bandwidth_maximises_the_leave_one_out_likelihood():
+    X = np.r_[rows(100, 3), rows(100, 3, seed=2) + 40]
+    detector = DFKDEDetector(n_components=2, bandwidth="loo").fit(X)
+    A = detector.support_
+
+    def likelihood(h):
+        exponents = -((A[:, None] - A) ** 2).sum(2) / (2 * h * h)
+        np.fill_diagonal(exponents, -np.inf)
+        return (logsumexp(exponents, axis=1) - 2 * np.log(h)).mean()
+
+    best = likelihood(detector.bandwidth_)
+    assert all(likelihood(detector.bandwidth_ * factor) < best for factor in (0.9, 0.99, 1.01, 1.1))
+
+
+# ---- the threshold
+
+
+def test_loo_scores_come_from_fits_without_the_fold():
+    X = rows(43, 15)
+    detector = DFKDEDetector(n_components=4).fit(X)
+    for start, stop in pairwise(round(i * 43 / 20) for i in range(21)):
+        others = DFKDEDetector(n_components=4).fit(np.delete(X, np.s_[start:stop], 0))
+        np.testing.assert_allclose(detector.loo_scores_[start:stop], others.score_samples(X[start:stop]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("settings", [{"scaling": "norm"}, {"residual": "box"}, {"bandwidth": 0.4}, {"scaling": None}])
+def test_loo_scores_of_a_few_rows_leave_out_one_row_each(settings):
+    X = rows(12, 30)
+    detector = DFKDEDetector(n_components=3, **settings).fit(X)
+    expected = [
+        DFKDEDetector(n_components=3, **settings).fit(np.delete(X, i, 0)).score_samples(X[[i]])[0] for i in range(12)
+    ]
+    np.testing.assert_allclose(detector.loo_scores_, expected, rtol=1e-9)
+
+
+def test_folds_of_wide_data_are_refitted_closely_on_its_first_axes():
+    X = rows(600, 700)
+    detector = DFKDEDetector(n_components=4, residual="gaussian").fit(X)
+    others = DFKDEDetector(n_components=4, residual="gaussian").fit(X[30:])
+    np.testing.assert_allclose(detector.loo_scores_[:30], others.score_samples(X[:30]), rtol=2e-3)
+
+
+@pytest.mark.parametrize("n", [40, 100, 400])
+@pytest.mark.parametrize("settings", [{}, {"residual": "box"}, {"scaling": "norm"}, {"bandwidth": "loo"}])
+@pytest.mark.parametrize("target", [0.05, 0.2])
+def test_the_false_alarm_rate_holds_on_new_rows(n, settings, target):
+    rates = [
+        (DFKDEDetector(target_fpr=target, **settings).fit(rows(n, 40, seed=s)).predict(rows(500, 40, seed=99 + s)) < 0)
+        for s in range(20 if n < 400 else 8)
+    ]
+    assert np.mean(rates) == pytest.approx(target, rel=0.3)
+
+
+def test_in_sample_scores_would_break_the_promise():
+    X, new = rows(100, 40), rows(500, 40, seed=2)
+    detector = DFKDEDetector().fit(X)
+    assert (detector.score_samples(new) < np.quantile(detector.score_samples(X), 0.05)).mean() > 0.5
+    assert (detector.predict(new) < 0).mean() < 0.15
+
+
+@pytest.mark.parametrize("contamination", [0.05, 0.1, 0.31, 0.5])
+@pytest.mark.parametrize("settings", [{}, {"scaling": "norm"}, {"max_samples": 40}, {"residual": "box"}])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_contamination_flags_exactly_its_share_of_training(contamination, settings, dtype):
+    X = np.r_[rows(90, 12), rows(10, 12, seed=2) * 3].astype(dtype)
+    detector = DFKDEDetector(contamination=contamination, random_state=0, **settings).fit(X)
+    assert (detector.predict(X) < 0).sum() == round(contamination * 100)
+
+
+def test_contamination_keeps_its_rate_on_new_normal_rows():
+    rates = [
+        (DFKDEDetector(contamination=0.1).fit(rows(150, 40, seed=s)).predict(rows(500, 40, seed=99 + s)) < 0)
+        for s in range(12)
+    ]
+    assert np.mean(rates) == pytest.approx(0.1, abs=0.03)
+
+
+def test_contamination_leaves_the_anomalies_out_of_the_fit():
+    X = np.r_[rows(180, 10), (rows(20, 10, seed=2) - 3) * 30]
+    detector = DFKDEDetector(n_components=3, contamination=0.1).fit(X)
+    assert (detector.predict(X)[180:] == -1).all()
+    assert len(detector.support_) == 180
+    clean = DFKDEDetector(n_components=3).fit(X[:180])
+    np.testing.assert_allclose(detector.mean_, clean.mean_, rtol=1e-12)
+    np.testing.assert_allclose(detector.score_samples(X), clean.score_samples(X), rtol=1e-8)
+
+
+def test_threshold_offset_sets_the_offset():
+    X = rows(50, 5)
+    detector = DFKDEDetector(threshold_offset=-3.5).fit(X)
+    assert detector.offset_ == -3.5
+    np.testing.assert_allclose(detector.decision_function(X), detector.score_samples(X) + 3.5)
+
+
+def test_probability_is_the_logistic_curve_and_agrees_with_predict():
+    X, new = rows(60, 6), np.r_[rows(30, 6, seed=2), rows(30, 6, seed=3) * 20]
+    detector = DFKDEDetector(n_components=3, threshold_steepness=0.2).fit(X)
+    probabilities = detector.predict_proba(new)
+    with np.errstate(over="ignore"):
+        expected = 1 / (1 + np.exp(0.2 * (detector.score_samples(new) - detector.offset_)))
+    np.testing.assert_allclose(probabilities[:, 0], expected, rtol=1e-10, atol=1e-300)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert np.array_equal(detector.classes_[probabilities.argmax(1)], detector.predict(new))
+
+
+def test_p_values_count_training_scores():
+    X, new = rows(40, 6), np.r_[rows(20, 6, seed=2), rows(2, 6, seed=3) * 50]
+    detector = DFKDEDetector(n_components=3).fit(X)
+    expected = [(1 + sum(loo <= s for loo in detector.loo_scores_)) / 41 for s in detector.score_samples(new)]
+    np.testing.assert_allclose(detector.p_values(new), expected)
+    assert detector.p_values(new)[-1] == pytest.approx(1 / 41)
+
+
+def test_max_samples_draws_with_the_random_state():
+    X = rows(200, 8)
+    detector = DFKDEDetector(n_components=3, max_samples=50, random_state=0).fit(X)
+    again = DFKDEDetector(n_components=3, max_samples=50, random_state=0).fit(X)
+    other = DFKDEDetector(n_components=3, max_samples=50, random_state=1).fit(X)
+    assert len(detector.support_) == 50
+    assert np.array_equal(detector.support_, again.support_)
+    assert not np.array_equal(detector.support_, other.support_)
+    drawn = np.sort(np.random.RandomState(0).choice(200, 50, replace=False))
+    others = np.setdiff1d(np.arange(200), drawn)
+    np.testing.assert_allclose(detector.loo_scores_[others], detector.score_samples(X[others]), rtol=1e-12)
+    np.testing.assert_allclose(
+        detector.loo_scores_[drawn], DFKDEDetector(n_components=3).fit(X[drawn]).loo_scores_, rtol=1e-10
+    )
+
+
+# ---- degenerate data
+
+
+def test_fewer_rows_than_components_give_the_density_they_span_and_a_warning():
+    X = rows(9, 40)
+    with pytest.warns(UserWarning, match="9 of 9 training rows cannot be scored by a fit without them"):
+        detector = DFKDEDetector().fit(X)
+    assert detector.n_components_ == 8
+    np.testing.assert_allclose(
+        detector.score_samples(X), gaussian_kde(scaled(detector, X).T).logpdf(scaled(detector, X).T)
+    )
+
+
+def test_rank_deficient_features_keep_their_rank():
+    X, new = rows(60, 12, rank=5), rows(20, 12, seed=2, rank=5)
+    detector = DFKDEDetector().fit(X)
+    assert detector.n_components_ == 5
+    reference = gaussian_kde(scaled(detector, X).T).logpdf(scaled(detector, new).T)
+    np.testing.assert_allclose(detector.score_samples(new), reference, rtol=1e-10)
+
+
+@pytest.mark.parametrize("scaling", ["scale", "norm"])
+@pytest.mark.parametrize("factor", [1e-300, 1e-150, 1e150, 1e300])
+def test_the_scale_of_the_features_changes_nothing(scaling, factor):
+    X, new = rows(60, 8), rows(20, 8, seed=2)
+    detector = DFKDEDetector(n_components=4, scaling=scaling).fit(X)
+    other = DFKDEDetector(n_components=4, scaling=scaling).fit(X * factor)
+    np.testing.assert_allclose(other.score_samples(new * factor), detector.score_samples(new), rtol=1e-10)
+    assert other.offset_ == pytest.approx(detector.offset_, rel=1e-10)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bandwidth": "loo"}, {"scaling": "norm"}, {"residual": "box"}])
+@pytest.mark.parametrize("kind", ["duplicates", "one feature", "two rows", "one differs"])
+def test_odd_data_has_finite_scores(settings, kind):
+    X = {
+        "duplicates": np.repeat(rows(15, 4), 4, axis=0),
+        "one feature": rows(30, 1),
+        "two rows": rows(2, 5),
+        "one differs": np.r_[np.zeros((9, 3)), np.ones((1, 3))],
+    }[kind]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*training rows cannot be scored by a fit without them")
+        detector = DFKDEDetector(**settings).fit(X)
+    assert np.isfinite(detector.score_samples(X)).all()
+    assert np.isfinite(detector.offset_)
+    assert np.isfinite(detector.score(X))
+
+
+@pytest.mark.parametrize("X", [np.ones((10, 4)), np.full((8, 2), 0.1), np.zeros((3, 3))])
+def test_equal_rows_are_refused(X):
+    with pytest.raises(ValueError, match="training rows do not differ beyond rounding"):
+        DFKDEDetector().fit(X)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("X", "error", "message"),
+    [
+        (np.empty((0, 3)), ValueError, "0 sample"),
+        (np.ones((1, 3)), ValueError, "1 sample"),
+        (np.array([[np.nan, 1.0], [1.0, 2.0]]), ValueError, "NaN"),
+        (np.array([[np.inf, 1.0], [1.0, 2.0]]), ValueError, "infinity"),
+        (np.ones((3, 3), dtype=complex), ValueError, "Complex data not supported"),
+        (np.arange(4.0), ValueError, "Reshape your data"),
+        (np.array([["a", "b"], ["c", "d"]]), ValueError, "could not convert string to float"),
+        (None, ValueError, "Expected 2D array"),
+    ],
+)
+def test_bad_matrices_are_refused(X, error, message):
+    with pytest.raises(error, match=message):
+        DFKDEDetector().fit(X)
+
+
+def test_sparse_matrices_are_refused():
+    import scipy.sparse
+
+    with pytest.raises(TypeError, match="Sparse data was passed"):
+        DFKDEDetector().fit(scipy.sparse.csr_array(rows(10, 3)))
+
+
+@pytest.mark.parametrize("images", [np.zeros((4, 8, 8)), [np.zeros((8, 8))] * 3, ["a.png", "b.png"], "folder"])
+def test_images_are_refused_where_a_feature_matrix_is_meant(images):
+    with pytest.raises(ValueError, match=r"takes a feature matrix.*got images"):
+        DFKDEDetector(features=None).fit(images)
+    with pytest.raises(ValueError, match=r"was fitted on a feature matrix.*got images"):
+        DFKDEDetector().fit(rows(20, 4)).score_samples(images)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_components": 0},
+        {"n_components": 1.5},
+        {"scaling": "standard"},
+        {"bandwidth": -1.0},
+        {"residual": "chi2"},
+        {"max_samples": 1},
+        {"contamination": 0.6},
+        {"target_fpr": 0.0},
+        {"threshold_steepness": 0},
+        {"threshold_offset": "mean"},
+        {"features": "resnet18"},
+    ],
+)
+def test_parameters_out_of_range_are_named(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"The '{name}' parameter of DFKDEDetector must be"):
+        DFKDEDetector(**settings).fit(rows(20, 4))
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "mps"])
+def test_a_device_that_is_not_there_is_refused_with_the_ways_out(device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(ValueError, match=f"device='{device}'.*Use device='cpu'"):
+        DFKDEDetector(device=device).fit(rows(20, 4))
+
+
+# ---- the company it keeps
+
+
+class Columns(TransformerMixin, BaseEstimator):
+    """A feature stage: the means and spreads of images."""
+
+    def fit(self, X, y=None):
+        self.n_features_out_ = 2
+        return self
+
+    def transform(self, X):
+        return np.column_stack([X.mean((1, 2)), X.std((1, 2))])
+
+
+def test_a_feature_stage_is_cloned_fitted_and_used():
+    images = np.random.default_rng(0).random((40, 8, 8))
+    stage = Columns()
+    detector = DFKDEDetector(features=stage).fit(images)
+    assert not hasattr(stage, "n_features_out_")
+    assert detector.features_.n_features_out_ == detector.n_features_in_ == 2
+    on_features = DFKDEDetector().fit(Columns().transform(images))
+    np.testing.assert_allclose(detector.score_samples(images), on_features.score_samples(Columns().transform(images)))
+    assert on_features.features_ is None
+
+
+def test_it_composes_with_pipelines_and_cross_validation():
+    X = rows(90, 8)
+    pipeline = make_pipeline(StandardScaler(), DFKDEDetector(n_components=3))
+    y = np.resize([-1, 1], 90)  # scikit-learn sizes the decisions by the labels it is given
+    labels = cross_val_predict(pipeline, X, y, cv=3)
+    assert set(labels) <= {-1, 1}
+    decisions = cross_val_predict(pipeline, X, y, cv=3, method="decision_function")
+    assert np.array_equal(np.where(decisions < 0, -1, 1), labels)
+    assert clone(pipeline).fit(X).score(X) == pytest.approx(pipeline.fit(X).score(X))
+
+
+def test_pickles_memory_maps_and_odd_layouts_score_the_same(tmp_path):
+    X, new = rows(60, 8), rows(20, 8, seed=2)
+    detector = DFKDEDetector(n_components=4).fit(X)
+    expected = detector.score_samples(new)
+    assert np.array_equal(pickle.loads(pickle.dumps(detector)).score_samples(new), expected)
+    joblib.dump(detector, tmp_path / "detector.joblib")
+    mapped = joblib.load(tmp_path / "detector.joblib", mmap_mode="r")
+    assert not mapped.support_.flags.writeable
+    np.testing.assert_allclose(mapped.score_samples(new), expected, rtol=1e-12)
+    frozen = new.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((40, 16))
+    wide[::2, ::2] = new
+    tensor = torch.tensor(new, requires_grad=True)
+    for same in (
+        frozen,
+        wide[::2, ::2],
+        np.asfortranarray(new),
+        new[::-1][::-1],
+        new.tolist(),
+        tensor,
+        new.astype(">f8"),
+    ):
+        np.testing.assert_allclose(detector.score_samples(same), expected, rtol=1e-12)
+
+
+def test_nothing_that_is_handed_in_is_written_to():
+    X, new = rows(60, 8), rows(20, 8, seed=2)
+    copies = X.copy(), new.copy()
+    detector = DFKDEDetector(scaling="norm", contamination=0.1, residual="box").fit(X)
+    first = detector.score_samples(new)
+    assert np.array_equal(detector.score_samples(new), first)
+    assert np.array_equal(X, copies[0])
+    assert np.array_equal(new, copies[1])
+
+
+def test_fit_leaves_the_global_random_state_alone():
+    np.random.seed(0)
+    torch.manual_seed(0)
+    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    DFKDEDetector(max_samples=30, random_state=0).fit(rows(60, 8))
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert torch.equal(torch.get_rng_state(), torch_state)
