@@ -27,9 +27,9 @@ from torch import Tensor
 
 WORKING_MEMORY = 64 * 2**20  # bytes
 
-# A full tile of float64 is just under 1 MiB, what a core keeps close. Products are fastest at multiples of 48 columns.
+# A full tile of float64 takes 1.9 MiB, near what a core keeps close. Products are fastest at multiples of 48 columns.
 _QUERIES = 512
-_COLUMNS = 240
+_COLUMNS = 480
 _STEP = 48
 
 # While |q|^2 / 2 is at most 64 nats, inner products of float32 are right to 2e-5 nats up to 64 dimensions.
@@ -121,18 +121,13 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     if n < 2:
         raise ValueError(f"leaving one row out of {n} leaves no kernel; at least 2 rows are needed")
     with _single_core_threads(support.device, n * n) as run:
-        dtype = _computing_dtype(support)
-        kernels = _kernels(run, support, bandwidth, dtype)
-        far = torch.zeros(n, dtype=torch.bool, device=support.device)
-        if dtype == torch.float32:
-            far = ~_is_near(run, support, kernels)
-            # For more than a few far rows, float64 for all costs less than the direct way for those.
-            if int(far.sum()) > n // 32:
-                dtype = torch.float64
-                kernels = _kernels(run, support, bandwidth, dtype)
-                far[:] = False
+        kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
+        n_near = int(_is_near(run, support, kernels).sum())
+        # A far row goes the direct way, which for more than a few costs more than float64 for all.
+        if kernels.rows.dtype == torch.float32 and n - n_near > n // 32:
+            kernels = _kernels(run, support, bandwidth, torch.float64)
         out = _leave_one_out_log_sums(run, kernels, working_memory)
-        if len(left := (out.isnan() | far).nonzero()[:, 0]):
+        if len(left := out.isnan().nonzero()[:, 0]):
             out[left] = _direct_log_sums(run, support, left, support, bandwidth, working_memory, leave_one_out=True)
     return (out - _log_normaliser(n - 1, d, bandwidth)).to(support.dtype)
 
@@ -207,10 +202,14 @@ def _log_normaliser(n: int, d: int, bandwidth: float) -> float:
 
 
 def _computing_dtype(rows: Tensor) -> torch.dtype:
-    # Any other setting lets torch round factors of float32 to TF32 or bfloat16: errors of 0.01 to 0.2 nats.
-    if rows.dtype != torch.float64 and torch.get_float32_matmul_precision() == "highest":
-        return torch.float32
-    return torch.float64
+    if rows.dtype == torch.float64:
+        return torch.float64
+    # Any setting but this lets torch round factors of float32 to TF32 or bfloat16: errors of 0.01 to 0.2 nats.
+    try:
+        is_exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # raised where backends were set one by one, other than to "ieee"
+        is_exact = False
+    return torch.float32 if is_exact else torch.float64
 
 
 class _Kernels(NamedTuple):
@@ -219,6 +218,10 @@ class _Kernels(NamedTuple):
     rows: Tensor  # (n, d + 2): -|k|^2 / 2, k, 1. In this order partial sums stay small, and float32 loses half as much.
     centre: Tensor  # (d,)
     scale: float
+
+    @property
+    def reach(self) -> float:
+        return _FLOAT32_REACH if self.rows.dtype == torch.float32 else math.inf
 
     def standardised(self, x: Tensor) -> Tensor:
         return (x.double() - self.centre).mul_(self.scale)
@@ -258,7 +261,7 @@ def _is_near(run: _Run, queries: Tensor, kernels: _Kernels) -> Tensor:
 
     def fill(part: tuple[Tensor, Tensor]) -> None:
         x, is_near = part
-        is_near.copy_(_half_square_norms(kernels.standardised(x)) <= _FLOAT32_REACH)
+        is_near.copy_(_half_square_norms(kernels.standardised(x)) <= kernels.reach)
 
     run(fill, zip(queries.split(2048), near.split(2048), strict=True))
     return near
@@ -268,7 +271,7 @@ def _log_sums(run: _Run, queries: Tensor, index: Tensor, kernels: _Kernels, work
     """Log of the sum of all kernels at each of the queries that `index` names; NaN where that is out of reach."""
     n, m = len(kernels.rows), len(index)
     size, width = _tile_shape(_tile_elements(kernels.rows, working_memory), m)
-    tiles = kernels.rows.split(width)
+    tiles = kernels.rows.T.split(width, dim=1)
     # Few queries against many rows are shared out by rows as well, alike for any number of threads.
     n_shares = max(1, min(64 * size // max(1, m), size * n // 2**22))
     shares = [tiles[i * len(tiles) // n_shares : (i + 1) * len(tiles) // n_shares] for i in range(n_shares)]
@@ -296,7 +299,7 @@ def _log_sums(run: _Run, queries: Tensor, index: Tensor, kernels: _Kernels, work
         block = slice(start, start + size)
         total = sums[:, block].sum(0)
         log2_sum = total.log2() + lifts[block] - half_norms[block]
-        in_reach = (total >= 0.5) & total.isfinite() & _is_exact(log2_sum, half_norms[block])
+        in_reach = (total >= 0.5) & total.isfinite() & _is_exact(kernels, log2_sum, half_norms[block])
         log_sums[block] = torch.where(in_reach, log2_sum * math.log(2), torch.nan)
 
     starts = range(0, m, size)
@@ -306,20 +309,21 @@ def _log_sums(run: _Run, queries: Tensor, index: Tensor, kernels: _Kernels, work
 
 
 class _Scratch(threading.local):
-    """A tile for each thread: new memory for every block would cost as much as its inner products."""
+    """A tile for each thread, as new memory for every block costs time: the system clears it page by page."""
 
     def __init__(self, like: Tensor, elements: int) -> None:
         self.tile = like.new_empty(elements)
 
 
 def _exponents(q: Tensor, tile: Tensor, scratch: Tensor) -> Tensor:
-    out = scratch[: len(q) * len(tile)].view(len(q), len(tile))
-    return torch.mm(q, tile.T, out=out)
+    shape = len(q), tile.shape[1]
+    return torch.mm(q, tile, out=scratch[: math.prod(shape)].view(shape))
 
 
-def _is_exact(log2_sum: Tensor, half_norms: Tensor) -> Tensor:
+def _is_exact(kernels: _Kernels, log2_sum: Tensor, half_norms: Tensor) -> Tensor:
     # An exponent is a difference of numbers as large as |q|^2 / 2: what cancels must not matter in the result.
-    return half_norms * 2.0**-50 <= 2e-11 * log2_sum.abs().clamp_min(1)
+    cancelled = half_norms * 2.0**-50
+    return (half_norms <= kernels.reach) & (cancelled <= 2e-11 * log2_sum.abs().clamp_min(1))
 
 
 def _direct_log_sums(
@@ -354,7 +358,7 @@ def _direct_log_sums(
 
 def _leave_one_out_log_sums(run: _Run, kernels: _Kernels, working_memory: int) -> Tensor:
     """As `_log_sums`, for the support itself without each row's own kernel; a tile serves its rows and its columns."""
-    rows, n = kernels.rows, len(kernels.rows)
+    rows, columns, n = kernels.rows, kernels.rows.T, len(kernels.rows)
     # Rows and columns can share a tile only under the same lift: one that uses the range of floating point to its top.
     lift = 960.0 if rows.dtype == torch.float64 else 64.0
     window = torch.finfo(rows.dtype)
@@ -371,22 +375,20 @@ def _leave_one_out_log_sums(run: _Run, kernels: _Kernels, working_memory: int) -
             stop = start + len(q)
             q[:, -1] = q[:, 0] + lift
             q[:, 0] = 1
-            own = _exponents(q, rows[start:stop], scratch.tile).fill_diagonal_(-torch.inf).exp2_()
+            own = _exponents(q, columns[:, start:stop], scratch.tile).fill_diagonal_(-torch.inf).exp2_()
             sums[share, start:stop] += own.sum(1)
             for left in range(stop, n, width):
                 right = min(left + width, n)
-                tile = _exponents(q, rows[left:right], scratch.tile).exp2_()
+                tile = _exponents(q, columns[:, left:right], scratch.tile).exp2_()
                 sums[share, start:stop] += tile.sum(1)
                 sums[share, left:right] += tile.sum(0)
 
     def finish(start: int) -> None:
         block = slice(start, start + size)
         total = sums[:, block].sum(0)
-        half_norms = _half_square_norms(rows[block, 1:-1])
-        # All kernels of a row share the rounding of its norm: what float32 lost there is known, and put back.
-        log2_sum = total.log2() - lift - (half_norms + rows[block, 0])
+        log2_sum = total.log2() - lift
         is_whole = (total * window.eps > n * window.tiny) & total.isfinite()
-        in_reach = is_whole & _is_exact(log2_sum, half_norms)
+        in_reach = is_whole & _is_exact(kernels, log2_sum, -rows[block, 0])
         log_sums[block] = torch.where(in_reach, log2_sum * math.log(2), torch.nan)
 
     run(add, range(n_shares))
@@ -422,7 +424,7 @@ def _single_core_threads(device: torch.device, n_pairs: int) -> Iterator[_Run]:
         yield run_in_turn
         return
 
-    n_threads = max(1, min(torch.get_num_threads(), n_pairs // 2**19))
+    n_threads = max(1, min(torch.get_num_threads(), n_pairs // 2**20))
     ready = threading.Barrier(n_threads + 1)
     found: list[int] = []
 
