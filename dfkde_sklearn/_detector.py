@@ -77,13 +77,13 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         The fitted feature stage; None where X is the feature matrix.
     n_features_in_ : int
         Number of features the density was fitted on: columns of X, or of what the feature stage returns.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns of X, where they are all strings.
-    mean_ : ndarray of shape (n_features_in_,), float64
+    mean_ : ndarray of shape (`n_features_in_`,), float64
         Mean of the training rows.
-    components_ : ndarray of shape (n_components_, n_features_in_), float64
+    components_ : ndarray of shape (`n_components_`, `n_features_in_`), float64
         The principal axes, orthonormal, in order of decreasing variance.
-    singular_values_ : ndarray of shape (n_components_,), float64
+    singular_values_ : ndarray of shape (`n_components_`,), float64
         Singular values of the centred training rows on the axes.
     n_components_ : int
         Number of components kept: bounded by `n_components`, the rank of the training rows, and their number less one.
@@ -91,7 +91,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         The largest norm of a training row's components, by which "scale" divides.
     bandwidth_ : float
         The factor h.
-    support_ : ndarray of shape (n_support, n_components_)
+    support_ : ndarray of shape (n_support, `n_components_`)
         The training rows of the density, whitened: their covariance is the identity.
     loo_scores_ : ndarray of shape (n_samples,)
         Log density of each training row from a fit without it; these and no others set the threshold. See Notes.
@@ -425,8 +425,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
 
         Notes
         -----
-        Two parameters are not kept: `device`, which belongs to the machine, and a `random_state` that is a
-        generator.
+        Not kept are `device` and the `device` and `cache` of the feature stage, which belong to the machine, and a
+        `random_state` that is a generator.
         """
         check_is_fitted(self)
         from dfkde_sklearn._persistence import save
@@ -463,7 +463,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         Returns
         -------
         DFKDEDetector
-            As it was saved, but for `device`.
+            As it was saved, but for what belongs to the machine.
 
         Raises
         ------

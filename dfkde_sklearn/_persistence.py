@@ -1,0 +1,270 @@
+"""Save and load: one safetensors file that holds no code.
+
+The tensors are the buffers of `DensityBuffers`. The header's metadata has one entry, a JSON document: format version,
+parameters, versions of libraries, the feature stage with its backbone's tag, hash and preprocessing, and the
+SHA-256 of the whole file, taken with zeros in the place of its digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import sklearn
+import torch
+from sklearn.base import clone
+from torch import Tensor, nn
+
+from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._model import DensityBuffers, buffers_of, keep_buffers
+from dfkde_sklearn._scattering import ScatteringFeatures
+
+if TYPE_CHECKING:
+    from dfkde_sklearn._detector import DFKDEDetector
+
+FORMAT = "dfkde-sklearn"
+FORMAT_VERSION = 1
+_DIGITS = "0" * 64
+# JSON has lists only.
+_TUPLE = "tuple"
+# Parameters that a file of another machine shall not set.
+_OF_THE_MACHINE = ("device", "cache")
+_STAGES: dict[str, type[TimmFeatures | ScatteringFeatures]] = {
+    "TimmFeatures": TimmFeatures,
+    "ScatteringFeatures": ScatteringFeatures,
+}
+
+_Detector = TypeVar("_Detector", bound="DFKDEDetector")
+
+
+def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
+    """Write a fitted detector to `path`; see `DFKDEDetector.save`."""
+    import timm
+
+    from dfkde_sklearn import __version__
+
+    stage = None if detector.features_ is None else _described_stage(detector.features_)
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "sha256": _DIGITS,
+        "parameters": _plain(
+            {
+                name: value
+                for name, value in detector.get_params(deep=False).items()
+                if name not in ("features", "device")
+            },
+            "DFKDEDetector",
+        ),
+        # "auto" and None are values of the parameter; "stage" is a transformer like the fitted one.
+        "features": detector.features if detector.features in ("auto", None) else "stage",
+        "stage": stage,
+        "feature_names": getattr(detector, "feature_names_in_", np.array([])).tolist(),
+        "versions": {
+            "dfkde-sklearn": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+            "timm": timm.__version__,
+            "torch": str(torch.__version__),
+        },
+    }
+    tensors = {name: value.contiguous() for name, value in buffers_of(detector).state_dict().items()}
+    data = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
+    write_atomically(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
+
+
+def load(
+    path: str | os.PathLike[str],
+    kind: type[_Detector],
+    *,
+    backbone: nn.Module | None,
+    weights: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    download: bool,
+) -> _Detector:
+    """Return the detector of class `kind` in the file at `path`; see `DFKDEDetector.load`."""
+    header, tensors = _read(Path(path))
+    try:
+        if header["stage"] is not None:
+            stage = _stage(header["stage"], backbone, weights, device)
+        elif backbone is None and weights is None:
+            stage = None
+        else:
+            raise ValueError(f"{str(path)!r} has no feature stage: load it without backbone= and weights=.")
+        features = {"auto": "auto", None: None, "stage": clone(stage) if stage else None}[header["features"]]
+        detector = kind(features, device=device, **header["parameters"])
+        detector._validate_params()
+        buffers = DensityBuffers(detector.scaling, 1.0, 0.0)
+        buffers.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
+    if buffers.scaling != detector.scaling or not buffers.is_fitted:
+        raise ValueError(f"{str(path)!r} does not hold what a detector needs: its tensors contradict its parameters.")
+    keep_buffers(detector, buffers)
+    detector.features_ = stage
+    if header["feature_names"]:
+        detector.feature_names_in_ = np.array(header["feature_names"], dtype=object)
+    if stage is not None and stage.n_features_out_ != detector.n_features_in_:
+        raise ValueError(f"{str(path)!r}: the feature stage and the density have different numbers of features.")
+    if isinstance(stage, TimmFeatures):
+        _check_backbone(stage, download)
+    return detector
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, so that whatever happens there is the old file or the new one."""
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder. Give the path of a file.")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        # The new name is on the disk once the folder is.
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON document and the tensors of a file, whole and of a version that is known."""
+    data = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][FORMAT], object_hook=_with_tuples)
+        digits, version = header["sha256"], header["format_version"]
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a file of DFKDEDetector.save, or it is damaged: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format version {version}, and this version of dfkde-sklearn reads up to "
+            f"{FORMAT_VERSION}. Install a newer one."
+        )
+    signed = data.replace(str(digits).encode(), _DIGITS.encode(), 1)
+    if hashlib.sha256(signed).hexdigest() != digits:
+        raise ValueError(f"{str(path)!r} is damaged or was changed: its SHA-256 is not the one it states.")
+    return header, tensors
+
+
+def _described_stage(stage: Any) -> dict[str, Any]:
+    """Return a fitted feature stage as plain values."""
+    name = type(stage).__name__
+    if _STAGES.get(name) is not type(stage):
+        raise TypeError(
+            f"save keeps the feature stages {' and '.join(_STAGES)}, not {name}. Use joblib.dump, or a detector with "
+            "features=None on what the stage returns."
+        )
+    parameters = {key: value for key, value in stage.get_params(deep=False).items() if key not in _OF_THE_MACHINE}
+    if isinstance(parameters.get("backbone"), nn.Module):
+        # A module is code, which the file does not hold; load is given it.
+        parameters["backbone"] = None
+    fitted = {key: value for key, value in vars(stage).items() if key.endswith("_")}
+    return {"class": name, "parameters": _plain(parameters, name), "fitted": _plain(fitted, name)}
+
+
+def _stage(
+    described: Mapping[str, Any],
+    backbone: nn.Module | None,
+    weights: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+) -> TimmFeatures | ScatteringFeatures:
+    """Return the fitted feature stage that was described."""
+    parameters = dict(described["parameters"])
+    if described["class"] == "TimmFeatures":
+        is_module = parameters["backbone"] is None
+        if is_module != isinstance(backbone, nn.Module):
+            raise ValueError(
+                f"The backbone is a module, {described['fitted']['backbone_name_']!r}: load(path, backbone=MODULE)."
+                if is_module
+                else f"The backbone is {parameters['backbone']!r}, by name: load it without backbone=."
+            )
+        if backbone is not None:
+            parameters["backbone"] = backbone
+        if weights is not None:
+            parameters["weights"] = weights
+    elif backbone is not None or weights is not None:
+        raise ValueError(f"{described['class']} has no backbone: load it without backbone= and weights=.")
+    stage = _STAGES[described["class"]](device=device, **parameters)
+    stage._validate_params()
+    for name, value in described["fitted"].items():
+        if not name.endswith("_") or name.startswith("_"):
+            raise TypeError(f"{name!r} is not a fitted attribute")
+        setattr(stage, name, value)
+    return stage
+
+
+def _check_backbone(stage: TimmFeatures, download: bool) -> None:
+    """Load the backbone, and raise unless its weights are those of the fit."""
+    from dfkde_sklearn._features import _weights_hash
+
+    with _offline(not download), stage._network() as (network, weights_hash):
+        found = weights_hash or _weights_hash(network)
+    if found != stage.weights_hash_:
+        raise ValueError(
+            f"The weights of backbone {stage.backbone_name_!r} are not those that the detector was fitted with: "
+            f"SHA-256 {found:.12}..., at the fit {stage.weights_hash_:.12}.... Give those with weights=PATH, or fit "
+            "again."
+        )
+
+
+@contextmanager
+def _offline(active: bool) -> Iterator[None]:
+    """Keep TimmFeatures from the network, as HF_HUB_OFFLINE in the environment of the process would."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or active
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _with_tuples(found: dict[str, Any]) -> Any:
+    return tuple(found[_TUPLE]) if found.keys() == {_TUPLE} else found
+
+
+def _plain(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return values as JSON has them."""
+    plain = {}
+    for name, value in values.items():
+        if isinstance(value, np.random.RandomState):
+            value = None
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, np.generic):
+            value = value.item()
+        elif isinstance(value, tuple):
+            value = {_TUPLE: list(value)}
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except TypeError as error:
+            raise TypeError(
+                f"{owner}: {name}={value!r} cannot be saved: a {type(value).__name__}. Use joblib.dump, or plain "
+                "parameters."
+            ) from error
+    return plain

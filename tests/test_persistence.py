@@ -1,0 +1,419 @@
+"""Saved detectors: the same scores, no code, no half-written or damaged files, no other weights than at the fit."""
+
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import huggingface_hub.constants
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import timm
+import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.preprocessing import FunctionTransformer
+
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _features, _persistence
+
+METHODS = ("predict", "predict_proba", "p_values", "decision_function", "score_samples", "score")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny networks spend their time on waking threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_loaded_before():
+    _features._loaded.clear()
+
+
+def rows(n, width=12, seed=0, dtype=np.float64):
+    return (np.random.default_rng(seed).normal(size=(n, width)) * np.arange(1, width + 1) + 3.0).astype(dtype)
+
+
+def pictures(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, 40, 50, 3), dtype=np.uint8)
+
+
+def tiny(**parameters):
+    return TimmFeatures(
+        **{"backbone": "test_resnet", "pretrained": False, "random_state": 0, "device": "cpu"} | parameters
+    )
+
+
+def small_file(path):
+    detector = DFKDEDetector(n_components=2, device="cpu").fit(rows(8, 3, dtype=np.float32))
+    detector.save(path)
+    return detector
+
+
+def header_of(path):
+    data = Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["dfkde-sklearn"])
+
+
+def rewrite(path, **changes):
+    """Write the file anew with another header or other tensors and a hash that is right: somebody meant it."""
+    tensors = safetensors.torch.load_file(path)
+    header = header_of(path)
+    for key, value in changes.items():
+        (tensors if key in tensors else header)[key] = value
+    header["sha256"] = "0" * 64
+    data = safetensors.torch.save(tensors, {"dfkde-sklearn": json.dumps(header)})
+    Path(path).write_bytes(data.replace(b"0" * 64, _persistence.hashlib.sha256(data).hexdigest().encode(), 1))
+
+
+# ---- the same detector
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"scaling": "norm", "residual": "box", "bandwidth": "loo"},
+        {"scaling": None, "residual": "gaussian", "contamination": 0.1, "threshold_steepness": 0.2},
+        {"n_components": 0.9, "max_samples": 40, "random_state": 3, "threshold_offset": -5.0, "bandwidth": 0.4},
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_loaded_detector_is_the_saved_one_to_the_last_bit(parameters, dtype, tmp_path):
+    X, new = rows(60, dtype=dtype), rows(9, seed=1, dtype=dtype)
+    detector = DFKDEDetector(**{"n_components": 4} | parameters).fit(X)
+    detector.save(tmp_path / "detector")
+    loaded = DFKDEDetector.load(tmp_path / "detector")
+    assert loaded.get_params() == detector.get_params()
+    assert vars(loaded).keys() == vars(detector).keys()
+    for name, value in vars(detector).items():
+        np.testing.assert_array_equal(getattr(loaded, name), value, err_msg=name)
+    for method in METHODS:
+        np.testing.assert_array_equal(getattr(loaded, method)(new), getattr(detector, method)(new))
+
+
+def test_names_of_columns_are_kept(tmp_path):
+    X = pd.DataFrame(rows(30), columns=[f"column {i}" for i in range(12)])
+    detector = DFKDEDetector(n_components=np.int64(3)).fit(X)
+    detector.save(tmp_path / "d")
+    loaded = DFKDEDetector.load(tmp_path / "d")
+    np.testing.assert_array_equal(loaded.predict(X), detector.predict(X))
+    assert type(loaded.n_components) is int
+    with pytest.raises(ValueError, match="feature names"):
+        loaded.predict(X[X.columns[::-1]])
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        lambda: tiny(layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48)),
+        lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32),
+    ],
+)
+def test_the_feature_stage_is_kept(stage, tmp_path):
+    detector = DFKDEDetector(stage(), n_components=3).fit(pictures(10))
+    detector.save(tmp_path / "d")
+    _features._loaded.clear()
+    loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
+    np.testing.assert_array_equal(loaded.score_samples(pictures(4, 1)), detector.score_samples(pictures(4, 1)))
+    fitted, known = vars(loaded.features_), vars(detector.features_)
+    assert {**fitted, "device": None} == {**known, "device": None}
+    assert loaded.features is not loaded.features_
+    assert not hasattr(loaded.features, "n_features_out_")
+    assert loaded.fit(pictures(6)).n_components_ == 3
+
+
+def test_the_header_says_what_the_file_needs(tmp_path):
+    detector = DFKDEDetector(tiny(layers="layer2"), n_components=3).fit(pictures(10))
+    detector.save(tmp_path / "d")
+    header = header_of(tmp_path / "d")
+    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 1)
+    assert header["versions"].keys() >= {"dfkde-sklearn", "numpy", "scikit-learn", "timm", "torch", "python"}
+    fitted = header["stage"]["fitted"]
+    assert fitted["backbone_name_"] == detector.features_.backbone_name_
+    assert fitted["weights_hash_"] == detector.features_.weights_hash_
+    assert fitted["input_size_"] == {"tuple": list(detector.features_.input_size_)}
+    assert {"mean_", "std_", "interpolation_", "crop_mode_", "crop_pct_"} <= fitted.keys()
+
+
+def test_device_and_cache_belong_to_the_machine_not_to_the_file(tmp_path):
+    detector = DFKDEDetector(tiny(cache=tmp_path / "cache"), n_components=3).fit(pictures(10))
+    detector.device = detector.features.device = detector.features_.device = "cuda:7"  # a GPU of another machine
+    detector.save(tmp_path / "d")
+    loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
+    assert (loaded.device, loaded.features.device, loaded.features_.device) == ("cpu", "cpu", "cpu")
+    assert loaded.features.cache is loaded.features_.cache is None
+    assert len(loaded.predict(pictures(2))) == 2
+
+
+def test_a_generator_as_random_state_is_not_kept(tmp_path):
+    DFKDEDetector(n_components=2, random_state=np.random.RandomState(0)).fit(rows(20)).save(tmp_path / "d")
+    assert DFKDEDetector.load(tmp_path / "d").random_state is None
+
+
+def test_files_of_the_same_detector_are_the_same(tmp_path):
+    detector = small_file(tmp_path / "a")
+    detector.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_memory_mapped_detector_can_be_saved(tmp_path):
+    detector = DFKDEDetector(n_components=3).fit(rows(40))
+    joblib.dump(detector, tmp_path / "d.joblib")
+    joblib.load(tmp_path / "d.joblib", mmap_mode="r").save(tmp_path / "d")
+    np.testing.assert_array_equal(DFKDEDetector.load(tmp_path / "d").support_, detector.support_)
+
+
+# ---- damage
+
+
+def test_no_damaged_byte_goes_unseen(tmp_path):
+    path = tmp_path / "d"
+    small_file(path)
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    # Every byte of the lengths and of the structure at the start, a third of the others.
+    for i in [*range(300), *range(300, len(whole), 3), length + 7, length + 8, len(whole) - 1]:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
+        with pytest.raises(ValueError, match=r"damaged|format version"):
+            DFKDEDetector.load(path)
+
+
+def test_truncated_and_lengthened_files_are_refused(tmp_path):
+    path = tmp_path / "d"
+    small_file(path)
+    whole = path.read_bytes()
+    for cut in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="damaged"):
+            DFKDEDetector.load(path)
+    for junk in (whole + b"\0", whole + whole, b"\0" + whole):
+        path.write_bytes(junk)
+        with pytest.raises(ValueError, match="damaged"):
+            DFKDEDetector.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "weights")
+    (tmp_path / "pickle").write_bytes(pickle.dumps(DFKDEDetector()))
+    for name in ("weights", "pickle"):
+        with pytest.raises(ValueError, match=re.escape("not a file of DFKDEDetector.save")):
+            DFKDEDetector.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        DFKDEDetector.load(tmp_path / "nothing")
+
+
+def test_a_newer_format_is_refused_with_the_way_out(tmp_path):
+    small_file(tmp_path / "d")
+    rewrite(tmp_path / "d", format_version=2)
+    with pytest.raises(ValueError, match=r"format version 2.*reads up to 1\. Install a newer one"):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"support": torch.ones(8, 3)}, "support has shape"),
+        ({"mean": torch.ones(3)}, "mean has dtype"),
+        ({"mean": torch.ones(4, dtype=torch.float64)}, "does not fit the other sizes"),
+        ({"support": torch.ones(0, 2)}, "contradict"),
+        ({"scaling_code": torch.tensor(2)}, "contradict"),
+        ({"parameters": {"n_components": 2, "colour": 1}}, "colour"),
+        ({"parameters": {"n_components": -1}}, "n_components"),
+        ({"features": "other"}, "other"),
+        ({"stage": {"class": "os.system", "parameters": {}, "fitted": {}}, "features": "stage"}, r"os\.system"),
+        (
+            {
+                "stage": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"__class__": 1}},
+                "features": "stage",
+            },
+            "not a fitted attribute",
+        ),
+        (
+            {
+                "stage": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"n_features_out_": 5}},
+                "features": "stage",
+            },
+            "different numbers of features",
+        ),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(changes, message, tmp_path):
+    small_file(tmp_path / "d")
+    rewrite(tmp_path / "d")
+    DFKDEDetector.load(tmp_path / "d")
+    rewrite(tmp_path / "d", **changes)
+    with pytest.raises(ValueError, match=message):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+# ---- the old file or the new one
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_failure_while_writing_leaves_the_old_file(moment, tmp_path, monkeypatch):
+    path = tmp_path / "d"
+    detector = small_file(path)
+    before = path.read_bytes()
+
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if moment == "fsync" else (Path, "replace")), fail)
+    detector.offset_ = 1.0
+    with pytest.raises(OSError, match="no space"):
+        detector.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path):
+    path = tmp_path / "d"
+    small_file(path)
+    before = path.read_bytes()
+    script = f"""
+        import os, pathlib, signal
+        from dfkde_sklearn import _persistence
+        pathlib.Path.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        _persistence.write_atomically({str(path)!r}, b"new")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert done.returncode == -9
+    assert path.read_bytes() == before
+    detector = DFKDEDetector.load(path)
+    detector.offset_ = 1.0
+    detector.save(path)
+    assert DFKDEDetector.load(path).offset_ == 1.0
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "d")
+    small_file(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "d").is_file()
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="Give the path of a file"):
+        small_file(tmp_path)
+
+
+# ---- backbones
+
+
+def test_a_module_is_given_anew_and_has_to_be_the_same(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=0).eval()
+    detector = DFKDEDetector(tiny(backbone=network), n_components=3).fit(pictures(10))
+    detector.save(tmp_path / "d")
+    with pytest.raises(ValueError, match="backbone=MODULE"):
+        DFKDEDetector.load(tmp_path / "d")
+    loaded = DFKDEDetector.load(tmp_path / "d", backbone=network, device="cpu")
+    np.testing.assert_array_equal(loaded.score_samples(pictures(2)), detector.score_samples(pictures(2)))
+    assert loaded.features.backbone is network
+    with torch.no_grad():
+        next(network.parameters()).add_(1)
+    with pytest.raises(ValueError, match="weights of backbone 'test_resnet"):
+        DFKDEDetector.load(tmp_path / "d", backbone=network)
+
+
+def test_weights_that_are_not_those_of_the_fit_are_refused(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    network = timm.create_model("test_resnet", num_classes=0)
+    safetensors.torch.save_file(network.state_dict(), file)
+    detector = DFKDEDetector(tiny(weights=file), n_components=3).fit(pictures(10))
+    detector.save(tmp_path / "d")
+    expected = detector.score_samples(pictures(2))
+    elsewhere = file.rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=re.escape("weights.safetensors")):
+        DFKDEDetector.load(tmp_path / "d")
+    loaded = DFKDEDetector.load(tmp_path / "d", weights=elsewhere, device="cpu")
+    np.testing.assert_array_equal(loaded.score_samples(pictures(2)), expected)
+    safetensors.torch.save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), elsewhere)
+    with pytest.raises(ValueError, match="not those that the detector was fitted with"):
+        DFKDEDetector.load(tmp_path / "d", weights=elsewhere)
+
+
+def test_load_does_not_ask_the_network_unless_told_to(tmp_path, monkeypatch):
+    detector = DFKDEDetector(tiny(), n_components=3).fit(pictures(10))
+    detector.features.pretrained = detector.features_.pretrained = True
+    detector.features_.seed_ = None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    detector.save(tmp_path / "d")
+    asked = []
+
+    def ask(request, timeout):
+        asked.append(request.full_url)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(_features.urllib.request, "urlopen", ask)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        DFKDEDetector.load(tmp_path / "d")
+    assert asked == []
+    with pytest.raises(OSError, match="no network here"):
+        DFKDEDetector.load(tmp_path / "d", download=True)
+    assert len(asked) == 1
+
+
+def test_arguments_that_the_file_has_no_use_for_are_refused(tmp_path):
+    DFKDEDetector(tiny(), n_components=3).fit(pictures(10)).save(tmp_path / "named")
+    with pytest.raises(ValueError, match="by name: load it without backbone="):
+        DFKDEDetector.load(tmp_path / "named", backbone=torch.nn.Identity())
+    stage = ScatteringFeatures(scales=2, orientations=4, image_size=32)
+    DFKDEDetector(stage, n_components=3).fit(pictures(10)).save(tmp_path / "scattering")
+    with pytest.raises(ValueError, match="has no backbone"):
+        DFKDEDetector.load(tmp_path / "scattering", weights="file")
+    small_file(tmp_path / "rows")
+    with pytest.raises(ValueError, match="no feature stage"):
+        DFKDEDetector.load(tmp_path / "rows", weights="file")
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(NotFittedError):
+        DFKDEDetector().save(tmp_path / "d")
+    flat = FunctionTransformer(lambda images: images.reshape(len(images), -1).astype(np.float32))
+    detector = DFKDEDetector(flat, n_components=3).fit(pictures(10))
+    with pytest.raises(TypeError, match=r"not FunctionTransformer.*joblib"):
+        detector.save(tmp_path / "d")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- pickles
+
+
+def test_pickle_and_joblib_keep_a_backbone_by_name(tmp_path):
+    detector = DFKDEDetector(tiny(), n_components=3).fit(pictures(10))
+    joblib.dump(detector, tmp_path / "d.joblib")
+    data = pickle.dumps(detector)
+    n_weights = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters())
+    assert len(data) < n_weights
+    for twin in (pickle.loads(data), joblib.load(tmp_path / "d.joblib")):
+        np.testing.assert_array_equal(twin.score_samples(pictures(3)), detector.score_samples(pictures(3)))
+
+
+def test_skops_loads_a_detector_with_the_types_that_the_documentation_lists():
+    skops = pytest.importorskip("skops.io", reason="skops is not installed")
+    trusted = {
+        "dfkde_sklearn._detector.DFKDEDetector",
+        "dfkde_sklearn._dfkde.ResidualTerm",
+        "dfkde_sklearn._features.TimmFeatures",
+        "dfkde_sklearn._scattering.ScatteringFeatures",
+    }
+    for stage in (tiny(), ScatteringFeatures(scales=2, orientations=4, image_size=32)):
+        detector = DFKDEDetector(stage, n_components=3, residual="box").fit(pictures(10))
+        data = skops.dumps(detector)
+        assert set(skops.get_untrusted_types(data=data)) <= trusted
+        loaded = skops.loads(data, trusted=sorted(trusted))
+        np.testing.assert_array_equal(loaded.score_samples(pictures(3)), detector.score_samples(pictures(3)))
