@@ -1,0 +1,796 @@
+"""The command line: ``dfkde demo``, ``dfkde fit`` and ``dfkde score``.
+
+Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import binomtest
+from sklearn.metrics import roc_auc_score
+from sklearn.utils import Bunch
+from sklearn.utils.validation import check_is_fitted
+
+from dfkde_sklearn import DFKDEDetector, __version__, datasets
+from dfkde_sklearn._contact_sheet import Section, Tile, contact_sheet
+from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._images import as_images
+from dfkde_sklearn._scattering import ScatteringFeatures
+
+DEMO_PICTURE = "dfkde-demo.png"
+# Enough held-out good images for the rate of false alarms to mean something.
+N_DEMO_TRAIN, N_DEMO_GOOD, N_DEMO_DEFECTIVE = 200, 300, 100
+# Images on a contact sheet that shows the worst, and in a row of it.
+N_WORST, N_ROW = 12, 6
+# Training images that `fit` lists.
+N_LOWEST = 5
+# Columns of tables that hold words.
+WORDS = ("path", "defect", "verdict")
+STDOUT = Path("-")
+RESIDUALS: dict[str, Literal["gaussian", "box"] | None] = {"none": None, "gaussian": "gaussian", "box": "box"}
+
+# Exit codes. argparse ends with 2 as well where the arguments are wrong.
+DONE, NOT_ALL_NORMAL, FAILED, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, default=None
+        What follows `dfkde` on the command line; None takes the command line of this process.
+
+    Returns
+    -------
+    int
+        0 where the command did what it says, 2 where it could not; 1 from ``score --exit-code``.
+    """
+    options = _parser().parse_args(arguments)
+
+    def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"dfkde {options.command}: warning: {message}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = print_warning
+            code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough. What Python flushes at its end has to go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"dfkde {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    return code
+
+
+# The commands
+
+
+def _demo(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    picture, replace = _demo_picture(options.out, options.force)
+    _check_writable(picture, replace)
+    material, n_test = options.material, N_DEMO_GOOD + N_DEMO_DEFECTIVE
+    _say(
+        options,
+        f"1/4 Drawing {N_DEMO_TRAIN} good images of {material} to learn from; {N_DEMO_GOOD} good and "
+        f"{N_DEMO_DEFECTIVE} defective ones for the test",
+    )
+    data = datasets.make_textures(
+        N_DEMO_TRAIN,
+        n_test,
+        material=material,
+        anomaly_fraction=N_DEMO_DEFECTIVE / n_test,
+        random_state=options.seed,
+    )
+    if options.images is not None:
+        datasets.write_mvtec_folder(data, options.images)
+    _say(options, f"2/4 Learning what good {material} looks like")
+    detector = DFKDEDetector(
+        ScatteringFeatures(verbose=_shows_progress(options)),
+        n_components=options.n_components,
+        residual=RESIDUALS[options.residual],
+        target_fpr=options.target_fpr,
+    ).fit(data.X_train)
+    _say(options, f"3/4 Scoring the {n_test} test images")
+    scored = _scored(detector, detector.features_.transform(data.X_test))
+    _say(options, "4/4 Drawing the picture")
+    quality = _quality(scored, data.y_test, data.defects_test)
+    sheet = contact_sheet(
+        f"dfkde demo: {material}",
+        [
+            *(f"{name}: {value}" for name, value in quality.items()),
+            "Bars: red is called anomalous, green is called normal. Orange lines: the true defects.",
+        ],
+        _demo_sections(data, scored),
+        columns=N_ROW,
+    )
+    with _new_file(picture, replace) as temporary:
+        sheet.save(temporary, format="PNG")
+
+    _print_facts(
+        {
+            "Training": f"{N_DEMO_TRAIN} good images of {material}, seed {options.seed}",
+            "Detector": _description(detector),
+            "Threshold": _threshold(detector),
+            "False alarms asked for": _percent(options.target_fpr),
+            **quality,
+        }
+    )
+    print(f"\nThe {N_WORST} most anomalous of the {n_test} test images:\n")
+    _print_table(
+        ("rank", "index", "defect", "score", "P(anomalous)", "p-value"),
+        [
+            (
+                str(rank),
+                str(i),
+                data.defects_test[i],
+                *_printed(scored.scores[i], scored.p_anomalous[i], scored.p_values[i]),
+            )
+            for rank, i in enumerate(_worst_first(scored)[:N_WORST], 1)
+        ],
+    )
+    print()
+    if options.images is not None:
+        _print_facts({"Images": f"{options.images}, for dfkde fit and dfkde score"})
+    _print_facts({"Picture": str(picture), "Time": f"{time.perf_counter() - start:.1f} s"})
+    return DONE
+
+
+def _fit(options: argparse.Namespace) -> int:
+    _check_writable(options.model, options.force)
+    train, test = _training_images(options.folder)
+    detector = DFKDEDetector(
+        _feature_stage(options),
+        n_components=options.n_components,
+        residual=RESIDUALS[options.residual],
+        contamination="auto" if options.contamination is None else options.contamination,
+        target_fpr=options.target_fpr,
+        device=options.device,
+        random_state=options.seed,
+    )
+    # Told, since sub-folders of defects among the good images would go unnoticed.
+    n_folders = len({Path(path).parent for path in train})
+    source = f"{len(train)} images in {n_folders} folder{'s' * (n_folders > 1)}"
+    _say(options, f"Learning from {source}")
+    with _way_out("On the command line: --weights FILE, or --features scattering, which needs no weights."):
+        detector.fit(train)
+    _save(detector, options.model, options.force)
+
+    _print_facts(
+        {
+            "Training": f"{source}, {options.folder}",
+            "Detector": _description(detector),
+            "Threshold": _threshold(detector),
+            **_expected_rate(options, len(train)),
+            "Model": f"{options.model}, for dfkde score",
+        }
+    )
+    lowest = np.argsort(detector.loo_scores_)[:N_LOWEST]
+    print("\nThe training images that look least normal to a fit without them; see whether they are good:\n")
+    _print_table(
+        ("path", "score", "less threshold"),
+        [
+            (train[i], f"{detector.loo_scores_[i]:.2f}", f"{detector.loo_scores_[i] - detector.offset_:.2f}")
+            for i in lowest
+        ],
+    )
+    if test is not None:
+        _say(options, f"Scoring {len(test.X_test)} test images")
+        stage: Any = detector.features_
+        scored = _scored(detector, stage.transform(test.X_test))
+        print(f"\nOn the {len(test.X_test)} images in {options.folder / 'test'}:\n")
+        _print_facts(_quality(scored, test.y_test, test.defects_test))
+    return DONE
+
+
+def _score(options: argparse.Namespace) -> int:
+    csv_file = None if options.csv == STDOUT else options.csv
+    for path in filter(None, (csv_file, options.sheet)):
+        _check_writable(path, options.force)
+    if options.sheet is not None:
+        _check_png(options.sheet)
+    # A file that two arguments name is scored once.
+    paths = list(dict.fromkeys(path for images in options.images for path in _image_paths(images)))
+    detector = _loaded_detector(options)
+    _say(options, f"Scoring {len(paths)} images")
+    with _way_out("On the command line: --weights FILE, the file that the model was fitted with."):
+        features, broken = _features_and_broken(detector.features_, paths, options.skip_broken)
+    for reason in broken.values():
+        print(f"dfkde score: skipped: {reason}", file=sys.stderr)
+    readable = [path for path in paths if path not in broken]
+    scored = _scored(detector, features)
+    rows = {path: _Row(path, None, None, None, "broken", reason) for path, reason in broken.items()}
+    for path, score, p_anomalous, p_value, anomalous in zip(readable, *scored, strict=True):
+        rows[path] = _Row(path, score, p_anomalous, p_value, "anomalous" if anomalous else "normal", "")
+    worst_first = [readable[i] for i in _worst_first(scored)]
+    table = [rows[path] for path in ([*broken, *worst_first] if options.sort == "score" else paths)]
+
+    if options.csv == STDOUT:
+        _write_csv(table, sys.stdout)
+    else:
+        _print_table(
+            ("path", "score", "P(anomalous)", "p-value", "verdict"),
+            [(row.path, *_printed(row.score, row.p_anomalous, row.p_value), row.verdict) for row in table],
+        )
+    if csv_file is not None:
+        # Names of files are bytes, and not always UTF-8.
+        with (
+            _new_file(csv_file, options.force) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            _write_csv(table, file)
+    n_anomalous = int(scored.anomalous.sum())
+    summary = f"{n_anomalous} of {len(readable)} images are anomalous."
+    if options.sheet is not None:
+        sheet = contact_sheet(
+            f"dfkde score: {options.model.name}",
+            [summary, "Bars: red is called anomalous, green is called normal."],
+            [_worst_section([rows[path] for path in worst_first[:N_WORST]])],
+            columns=N_ROW,
+        )
+        with _new_file(options.sheet, options.force) as temporary:
+            sheet.save(temporary, format="PNG")
+    _say(options, summary + (f" {len(broken)} could not be read." if broken else ""))
+    return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
+
+
+# Images
+
+
+def _image_paths(source: Path) -> list[str]:
+    """Return the paths of the images at a file or folder."""
+    images = as_images(source)
+    return [images.name(i) for i in range(len(images))]
+
+
+def _training_images(folder: Path) -> tuple[list[str], Bunch | None]:
+    """Return the paths of the good images, and a folder's own test where it has the MVTec layout."""
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder. Put the good images into one.")
+    good = folder / "train" / "good"
+    if good.is_dir() and not (folder / "test").is_dir():
+        return _image_paths(good), None
+    # Read as a plain folder, what lies in such folders would make defects and masks part of what is normal.
+    part_of_layout = any((folder / name).is_dir() for name in ("test", "ground_truth"))
+    if part_of_layout or any(folder.glob("*/train/good")):
+        data = datasets.load_mvtec_folder(folder)
+        return data.X_train.tolist(), data
+    return _image_paths(folder), None
+
+
+def _features_and_broken(
+    stage: Any, paths: list[str], skip_broken: bool
+) -> tuple[NDArray[np.floating], dict[str, str]]:
+    """Return the features of the readable images, and of the others the reason; none are others unless skipped."""
+    try:
+        return stage.transform(paths), {}
+    except (ValueError, OSError):
+        # One pass more, and only where something is wrong: most folders have no broken image.
+        broken = _broken(paths) if skip_broken else {}
+        if not broken:
+            raise
+    readable = [path for path in paths if path not in broken]
+    if not readable:
+        raise ValueError(f"None of the {len(paths)} images can be read. {next(iter(broken.values()))}")
+    return stage.transform(readable), broken
+
+
+def _broken(paths: list[str]) -> dict[str, str]:
+    """Return the images that cannot be read, each with the reason."""
+    images, broken = as_images(paths), {}
+    for i, path in enumerate(paths):
+        try:
+            images[i]
+        except (ValueError, OSError) as error:
+            broken[path] = str(error)
+    return broken
+
+
+# Detectors
+
+
+class _Scored(NamedTuple):
+    """What a detector says of images, arrays of shape (n_images,)."""
+
+    scores: NDArray[np.floating]
+    p_anomalous: NDArray[np.floating]
+    p_values: NDArray[np.float64]
+    anomalous: NDArray[np.bool_]
+
+
+def _scored(detector: DFKDEDetector, features: NDArray[np.floating]) -> _Scored:
+    """Return what the detector says of images with these features."""
+    # Without its feature stage it takes their features: the images go through the network once, not four times.
+    density = copy.copy(detector)
+    density.features_ = None
+    return _Scored(
+        density.score_samples(features),
+        density.predict_proba(features)[:, 0],
+        density.p_values(features),
+        density.predict(features) == -1,
+    )
+
+
+def _worst_first(scored: _Scored) -> NDArray[np.int64]:
+    return np.argsort(scored.scores, kind="stable")
+
+
+def _feature_stage(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
+    names = ("layers", "weights", "image_size", "batch_size", "device")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given["verbose"] = _shows_progress(options)
+    if options.features != "scattering":
+        if "weights" in given:
+            # The model may be used from another folder.
+            given["weights"] = Path(given["weights"]).resolve()
+        return TimmFeatures(options.features, **given)
+    for name in ("layers", "weights"):
+        if name in given:
+            raise ValueError(f"--{name} is for a backbone; --features scattering has none.")
+    return ScatteringFeatures(**given)
+
+
+def _description(detector: DFKDEDetector) -> str:
+    stage: Any = detector.features_
+    name = "scattering" if isinstance(stage, ScatteringFeatures) else ", ".join([stage.backbone_name_, *stage.layers_])
+    return (
+        f"{detector.n_features_in_} features ({name}), {detector.n_components_} principal components, "
+        f"{detector.residual or 'no'} residual"
+    )
+
+
+def _threshold(detector: DFKDEDetector) -> str:
+    return f"score {detector.offset_:.2f} (a log density); images below it are called anomalous"
+
+
+def _save(detector: DFKDEDetector, path: Path, force: bool) -> None:
+    saved = copy.deepcopy(detector)
+    # Where it runs, and what it shows meanwhile, is for those to say who score with it.
+    saved.set_params(device=None, features__device=None, features__verbose=False)
+    stage: Any = saved.features_
+    stage.set_params(device=None, verbose=False)
+    with _new_file(path, force) as temporary:
+        joblib.dump({"dfkde_sklearn": __version__, "detector": saved}, temporary)
+
+
+def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
+    """Return the detector in the file MODEL, with the settings of the command line."""
+    path = options.model
+    if not path.is_file():
+        raise FileNotFoundError(f"MODEL {path}: there is no such file.")
+    try:
+        content = joblib.load(path)
+        version = content["dfkde_sklearn"] if isinstance(content, dict) else __version__
+        detector = content["detector"] if isinstance(content, dict) else content
+    except Exception as error:  # whatever a class of another version, or no pickle at all, leads to
+        raise ValueError(
+            f"MODEL {path} is no model of dfkde fit, or was damaged, or made by another version of dfkde-sklearn than "
+            f"{__version__} ({type(error).__name__}: {error}). Fit it again."
+        ) from error
+    if version != __version__:
+        raise ValueError(
+            f"MODEL {path} was made by dfkde-sklearn {version}, and this is {__version__}, whose scores may differ. "
+            "Fit it again, or install that version."
+        )
+    if not isinstance(detector, DFKDEDetector):
+        raise ValueError(f"MODEL {path} holds a {type(detector).__name__}, no DFKDEDetector. Use what dfkde fit wrote.")
+    check_is_fitted(detector)
+    stage = detector.features_
+    if stage is None:
+        raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
+    known = stage.get_params(deep=False)
+    given = {name: getattr(options, name) for name in ("weights", "batch_size", "device")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() - known.keys():
+        raise ValueError(
+            f"--{name.replace('_', '-')}: the {type(stage).__name__} of MODEL {path} have no such setting."
+        )
+    if "verbose" in known:
+        given["verbose"] = _shows_progress(options)
+    stage.set_params(**given)
+    return detector.set_params(device=options.device)
+
+
+# What is printed and drawn
+
+
+class _Row(NamedTuple):
+    """What `score` says of an image; its numbers are None where the image is broken."""
+
+    path: str
+    score: np.floating | None
+    p_anomalous: np.floating | None
+    p_value: np.floating | None
+    verdict: str
+    reason: str
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    if not options.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _shows_progress(options: argparse.Namespace) -> bool:
+    """Tell whether bars are shown: in a terminal only, since in a file each step of a bar is a line."""
+    return not options.quiet and sys.stderr.isatty()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _expected_rate(options: argparse.Namespace, n_train: int) -> dict[str, str]:
+    """Return what the threshold lets one expect of new images."""
+    if options.contamination is not None:
+        return {"Anomalies expected": f"{_percent(options.contamination)} of images like these"}
+    expected = f"{_percent(options.target_fpr)} of new good images"
+    finest = 1 / (n_train + 1)
+    if options.target_fpr < finest:
+        expected += f"; but {n_train} images cannot tell a rate below {_percent(finest)}: use more of them"
+    return {"False alarms expected": expected}
+
+
+def _quality(scored: _Scored, y: NDArray[np.int64], defects: NDArray[np.str_]) -> dict[str, str]:
+    """Return how well images are told apart whose labels `y` (1 = anomalous) and defects are known."""
+    good = y == 0
+    found: dict[str, str] = {}
+    if 0 < good.sum() < len(y):
+        found["AUROC"] = f"{roc_auc_score(y, -scored.scores):.3f}"
+    if good.any():
+        n_alarms, n_good = int(scored.anomalous[good].sum()), int(good.sum())
+        low, high = binomtest(n_alarms, n_good).proportion_ci()
+        found["False alarms held"] = (
+            f"{_percent(n_alarms / n_good)} ({n_alarms} of {n_good} good images; 95 % interval {_percent(low)} to "
+            f"{_percent(high)})"
+        )
+    if not good.all():
+        kinds = [
+            f"{kind} {scored.anomalous[defects == kind].sum()}/{(defects == kind).sum()}"
+            for kind in np.unique(defects[~good])
+        ]
+        found["Defects found"] = f"{_percent(scored.anomalous[~good].mean())} ({', '.join(kinds)})"
+    return found
+
+
+def _print_facts(facts: Mapping[str, str]) -> None:
+    for name, value in facts.items():
+        print(f"{name:<24}{value}")
+
+
+def _printed(
+    score: np.floating | None, p_anomalous: np.floating | None, p_value: np.floating | None
+) -> tuple[str, str, str]:
+    if score is None:
+        return "-", "-", "-"
+    return f"{score:.2f}", f"{p_anomalous:.3f}", f"{p_value:.4f}"
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if name in WORDS else cell.rjust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _write_csv(rows: Sequence[_Row], file: TextIO) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(_Row._fields)
+    writer.writerows(rows)
+
+
+def _worst_section(rows: Sequence[_Row]) -> Section:
+    tiles = [
+        Tile(
+            as_images(row.path)[0],
+            row.path,
+            f"{rank}: score {row.score:.1f}, P {row.p_anomalous:.2f}",
+            row.verdict == "anomalous",
+        )
+        for rank, row in enumerate(rows, 1)
+    ]
+    return Section(f"The {len(tiles)} least normal images", tiles)
+
+
+def _demo_sections(data: Bunch, scored: _Scored) -> list[Section]:
+    def tiles(indices: Iterable[int]) -> list[Tile]:
+        return [
+            Tile(
+                Image.fromarray(data.X_test[i]),
+                f"{data.defects_test[i]} ({i})",
+                f"score {scored.scores[i]:.1f}, P {scored.p_anomalous[i]:.2f}",
+                bool(scored.anomalous[i]),
+                data.masks_test[i],
+            )
+            for i in indices
+        ]
+
+    worst_first = _worst_first(scored)
+    good = [i for i in worst_first if data.y_test[i] == 0]
+    missed = [i for i in worst_first if data.y_test[i] == 1 and not scored.anomalous[i]]
+    spread = [good[round(step * (len(good) - 1) / (N_ROW - 1))] for step in range(N_ROW)]
+    n_missed = f"{len(missed)} of {int(data.y_test.sum())} defects"
+    return [
+        Section(f"The {N_WORST} most anomalous of {len(data.y_test)} test images", tiles(worst_first[:N_WORST])),
+        Section(f"Missed ({n_missed}), the most normal ones", tiles(missed[::-1][:N_ROW])),
+        Section("Good images, from the least to the most normal one", tiles(spread)),
+    ]
+
+
+# Files that are written
+
+
+def _demo_picture(out: Path | None, force: bool) -> tuple[Path, bool]:
+    """Return where the picture goes, and whether one that is there may go: one of the demo's own name may."""
+    if out is None:
+        return Path(DEMO_PICTURE), True
+    if out.suffix and not out.is_dir():
+        _check_png(out)
+        return out, force
+    out.mkdir(parents=True, exist_ok=True)
+    return out / DEMO_PICTURE, True
+
+
+def _check_png(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the picture is a PNG. Give it a name that ends in .png.")
+
+
+def _check_writable(path: Path, force: bool) -> None:
+    """Raise an OSError where the file cannot be written: before the work, not after it."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Name a file.")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists. Name another file, or overwrite it with --force.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}. Make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: the folder {path.parent.resolve()} is not yours to write to.")
+
+
+@contextmanager
+def _new_file(path: Path, force: bool) -> Iterator[Path]:
+    """Lend a temporary path; what is written there appears at `path` at once and whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        _check_writable(path, force)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _way_out(advice: str) -> Iterator[None]:
+    """Add to an error on missing weights what the options of the command line can do about it."""
+    try:
+        yield
+    except OSError as error:
+        if "weights" not in str(error):
+            raise
+        raise OSError(f"{error} {advice}") from error
+
+
+# The arguments
+
+
+def _number(text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def _layers(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dfkde",
+        description="Find the images that do not look like good ones. It learns from good images alone: the density of "
+        "their deep features. Images where that density is low are called anomalous.",
+        epilog="Start with `dfkde demo`; `dfkde COMMAND --help` tells more of each command. Results go to standard "
+        "output, progress and errors to standard error. Exit code: 0 done, 2 an error; see `dfkde score --help` for 1.",
+    )
+    parser.add_argument("--version", action="version", version=f"dfkde-sklearn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_fit(commands)
+    _add_score(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="show it on generated textures, with no network and no data",
+        description="Generate images of a material, learn from good ones, and find the defective ones among others. "
+        "Needs no network and no data, and takes less than a minute. Prints how well it did, and draws a picture.",
+    )
+    command.set_defaults(run=_demo)
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help=f"where the picture goes: a name that ends in .png, or a folder for {DEMO_PICTURE}, which replaces an "
+        "earlier one there (default: the current folder)",
+    )
+    command.add_argument(
+        "--material",
+        choices=list(datasets._MATERIALS),
+        default="weave",
+        help="what the images show (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="determines the images (default: %(default)s)")
+    command.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the images to this new folder, in the MVTec layout, to try fit and score on",
+    )
+    _add_detector(command, residual="box")
+    _add_common(command)
+
+
+def _add_fit(commands: Any) -> None:
+    command = commands.add_parser(
+        "fit",
+        help="learn from a folder of good images",
+        description="Learn from good images, and save the detector. Prints the threshold, the rate of false alarms to "
+        "expect, and the training images that look least normal.",
+        epilog="The detector goes into a joblib file. Loading such a file runs code that is in it: load only files "
+        "that you made yourself.",
+    )
+    command.set_defaults(run=_fit)
+    command.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="good images, in it and below it; or a folder in the MVTec layout: then those in FOLDER/train/good, and "
+        "where there is a FOLDER/test, it tells how well the detector does on that",
+    )
+    command.add_argument(
+        "--model",
+        type=Path,
+        default=Path("dfkde-model.joblib"),
+        metavar="FILE",
+        help="where the detector goes (default: %(default)s)",
+    )
+    group = command.add_argument_group("how images are described")
+    group.add_argument(
+        "--features",
+        default=TimmFeatures().backbone,
+        metavar="NAME",
+        help="a backbone of timm, pretrained, whose weights are downloaded at the first use; or `scattering`: fixed "
+        "filters, which need no download and as a rule find less (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weights", metavar="FILE", help="weights of the backbone, safetensors or a state dict, not downloaded"
+    )
+    group.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="A,B,...",
+        help="layers of the backbone, each averaged over positions (default: its pooled embedding)",
+    )
+    group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width that images are resized to")
+    _add_stage_run(group)
+    group = _add_detector(command, residual="none")
+    group.add_argument(
+        "--contamination",
+        type=float,
+        metavar="SHARE",
+        help="this share of the training images is anomalous; the threshold is set by it and not by --target-fpr",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="draws training images where there are more than 40000 (default: %(default)s)",
+    )
+    _add_common(command)
+
+
+def _add_score(commands: Any) -> None:
+    command = commands.add_parser(
+        "score",
+        help="tell which images are anomalous",
+        description="Score images with a detector that `dfkde fit` saved. Prints for each its score (natural log of a "
+        "density; higher is more normal), P(anomalous), the p-value (the share of good images that score as low) and "
+        "the verdict. Loading MODEL runs code that is in it: use only files that you made yourself.",
+        epilog="Exit code: 0 done; 2 an error, such as a broken image without --skip-broken. With --exit-code: 0 all "
+        "images are normal; 1 some are anomalous, or were skipped as broken; 2 an error.",
+    )
+    command.set_defaults(run=_score)
+    command.add_argument("model", type=Path, metavar="MODEL", help="the file from `dfkde fit`")
+    command.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, and folders of them")
+    command.add_argument(
+        "--sort",
+        choices=("score", "input"),
+        default="score",
+        help="the order of the table: the least normal image first, or as the images were given (default: %(default)s)",
+    )
+    command.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write the table to FILE; - prints it as CSV instead"
+    )
+    command.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
+    )
+    command.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="go on where an image cannot be read: it is named on standard error, and called broken in the table",
+    )
+    command.add_argument(
+        "--exit-code", action="store_true", help="end with 1 where not all images are normal; see below"
+    )
+    group = command.add_argument_group("how images are described")
+    group.add_argument("--weights", metavar="FILE", help="weights of the backbone, where they have moved since the fit")
+    _add_stage_run(group)
+    _add_common(command)
+
+
+def _add_stage_run(group: Any) -> None:
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="images described at once; does not change the result"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU that there is, else the CPU)")
+
+
+def _add_detector(command: argparse.ArgumentParser, residual: str) -> Any:
+    """Add the parameters of the detector and return the group in which the threshold is set one way or another."""
+    group = command.add_argument_group("the detector")
+    group.add_argument(
+        "--n-components",
+        type=_number,
+        default=16,
+        metavar="N",
+        help="principal components: at most N, or, between 0 and 1, the share of variance to keep "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--residual",
+        choices=tuple(RESIDUALS),
+        default=residual,
+        help="the term for what the components leave out; which is best depends on the images (default: %(default)s)",
+    )
+    threshold = group.add_mutually_exclusive_group()
+    threshold.add_argument(
+        "--target-fpr",
+        type=float,
+        default=0.05,
+        metavar="RATE",
+        help="the share of new good images that may be called anomalous (default: %(default)s)",
+    )
+    return threshold
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="overwrite files that exist; without it they are kept")
+    command.add_argument("--quiet", action="store_true", help="no progress on standard error")

@@ -1,0 +1,124 @@
+"""A picture of many pictures: the contact sheet that the command line draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.ndimage import binary_dilation
+
+# Lengths in pixels.
+TILE = 200
+GAP = 16
+MARGIN = 32
+BAR = 5
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 30, 18, 15
+OUTLINE = 2
+
+PAPER = (252, 252, 250)
+MOUNT = (228, 228, 226)
+INK = (28, 30, 34)
+FAINT = (104, 108, 116)
+NORMAL = (70, 140, 110)
+ANOMALOUS = (205, 50, 50)
+DEFECT = (255, 96, 0)
+
+
+class Tile(NamedTuple):
+    """An image on the sheet.
+
+    picture : PIL image, of any size.
+    caption : str, the first line below it; shortened from the left where it is too long.
+    detail : str, the second line.
+    anomalous : bool, the verdict: the colour of the bar above the captions.
+    mask : ndarray (height, width) of bool, outlined on the picture; None for none.
+    """
+
+    picture: Image.Image
+    caption: str
+    detail: str
+    anomalous: bool
+    mask: NDArray[np.bool_] | None = None
+
+
+class Section(NamedTuple):
+    """Tiles under a heading."""
+
+    heading: str
+    tiles: Sequence[Tile]
+
+
+def contact_sheet(title: str, notes: Sequence[str], sections: Sequence[Section], *, columns: int = 6) -> Image.Image:
+    """Return a picture of the tiles, section by section, in rows.
+
+    Parameters
+    ----------
+    title : str
+        The first line.
+    notes : sequence of str
+        The lines below it, in smaller type.
+    sections : sequence of Section
+        What is shown; sections without tiles are left out.
+    columns : int, default=6
+        Tiles in a row.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Of mode "RGB".
+    """
+    sections = [section for section in sections if section.tiles]
+    row_height = TILE + BAR + 2 * (SMALL_SIZE + 6) + GAP
+    heading_height = TEXT_SIZE + 2 * GAP
+    n_rows = sum(-(-len(section.tiles) // columns) for section in sections)
+    head_height = MARGIN + TITLE_SIZE + GAP + len(notes) * (TEXT_SIZE + 8)
+    width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
+    sheet = Image.new("RGB", (width, head_height + len(sections) * heading_height + n_rows * row_height + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - GAP // 2), title, INK, ImageFont.load_default(TITLE_SIZE))
+    for line, note in enumerate(notes):
+        place = (MARGIN, MARGIN + TITLE_SIZE + GAP // 2 + line * (TEXT_SIZE + 8))
+        draw.text(place, note, FAINT, ImageFont.load_default(TEXT_SIZE))
+    top = head_height
+    for section in sections:
+        draw.line((MARGIN, top + GAP // 2, width - MARGIN, top + GAP // 2), MOUNT)
+        draw.text((MARGIN, top + GAP), section.heading, INK, ImageFont.load_default(TEXT_SIZE))
+        top += heading_height
+        for start in range(0, len(section.tiles), columns):
+            for column, tile in enumerate(section.tiles[start : start + columns]):
+                _draw_tile(sheet, draw, tile, MARGIN + column * (TILE + GAP), top)
+            top += row_height
+    return sheet
+
+
+def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
+    draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), MOUNT)
+    picture = ImageOps.contain(tile.picture.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS)
+    if tile.mask is not None:
+        picture = _outlined(picture, tile.mask)
+    sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))
+    bottom = top + TILE
+    draw.rectangle((left, bottom, left + TILE - 1, bottom + BAR - 1), ANOMALOUS if tile.anomalous else NORMAL)
+    font = ImageFont.load_default(SMALL_SIZE)
+    draw.text((left, bottom + BAR + 4), _shortened(tile.caption, font), INK, font)
+    draw.text((left, bottom + BAR + SMALL_SIZE + 9), _shortened(tile.detail, font), FAINT, font)
+
+
+def _outlined(picture: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+    """Return the picture with a line around the mask, outside of it, so that the defect stays visible."""
+    inside = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
+    around = binary_dilation(inside, iterations=OUTLINE) & ~inside
+    pixels = np.array(picture)
+    pixels[around] = DEFECT
+    return Image.fromarray(pixels)
+
+
+def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """Return the end of the text that is as wide as a tile: of a path, the end tells images apart."""
+    if font.getlength(text) <= TILE:
+        return text
+    start = next(i for i in range(1, len(text) + 1) if font.getlength("..." + text[i:]) <= TILE)
+    return "..." + text[start:]

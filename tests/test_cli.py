@@ -1,0 +1,454 @@
+"""The command line, run in this process: what it finds, what it writes, and what it says of mistakes."""
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import huggingface_hub.constants
+import joblib
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn._cli import main
+from dfkde_sklearn._contact_sheet import ANOMALOUS, DEFECT, NORMAL, TILE, Section, Tile, contact_sheet
+from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
+
+SCATTERING = ("--features", "scattering", "--image-size", "64", "--residual", "box")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small images spend their time on waking threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory):
+    """A folder in the MVTec layout: 60 good images to learn from, 20 good ones and 20 with a hole for the test."""
+    data = make_textures(60, 40, material="knit", defects=["hole"], image_size=64, random_state=0)
+    return write_mvtec_folder(data, tmp_path_factory.mktemp("images") / "knit")
+
+
+@pytest.fixture(scope="module")
+def fitted(textures, tmp_path_factory):
+    """A model of the good images."""
+    model = tmp_path_factory.mktemp("model") / "knit.joblib"
+    assert run("fit", textures, *SCATTERING, "--model", model) == 0
+    return model
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def rows_of(file):
+    with Path(file).open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+# demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What `demo` printed, and the folder that it wrote to."""
+    folder = tmp_path_factory.mktemp("demo") / "made by it"
+    with redirect_stdout(io.StringIO()) as printed:
+        assert run("demo", "--out", folder, "--material", "mesh") == 0
+    return printed.getvalue(), folder
+
+
+def fact(printed, name):
+    (line,) = (line for line in printed.splitlines() if line.startswith(name))
+    return line.removeprefix(name).strip()
+
+
+def test_demo_tells_good_from_defective_and_keeps_its_rate_of_false_alarms(demo):
+    printed, _ = demo
+    assert float(fact(printed, "AUROC")) > 0.95
+    assert fact(printed, "False alarms asked for") == "5 %"
+    assert float(fact(printed, "False alarms held").split()[0]) < 8
+    assert "of 300 good images" in fact(printed, "False alarms held")
+
+
+def test_demo_lists_the_worst_images_in_order(demo):
+    printed, _ = demo
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["rank", "index"])
+    table = [line.split() for line in lines[start + 1 : start + 13]]
+    assert [row[0] for row in table] == [str(rank) for rank in range(1, 13)]
+    scores = [float(row[3]) for row in table]
+    assert scores == sorted(scores)
+    assert all(row[2] != "good" for row in table)
+
+
+def test_demo_draws_a_picture_where_it_says(demo):
+    printed, folder = demo
+    assert [path.name for path in folder.iterdir()] == ["dfkde-demo.png"]
+    assert fact(printed, "Picture") == str(folder / "dfkde-demo.png")
+    with Image.open(folder / "dfkde-demo.png") as picture:
+        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    assert {DEFECT, ANOMALOUS, NORMAL} <= colours
+
+
+def test_demo_keeps_a_picture_that_the_user_named(tmp_path, capsys):
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    assert run("demo", "--out", tmp_path / "mine.png") == 2
+    assert "mine.png exists" in capsys.readouterr().err
+    assert (tmp_path / "mine.png").read_bytes() == b"mine"
+
+
+# fit and score
+
+
+def test_fit_then_score_finds_the_defective_images(fitted, textures, tmp_path, capsys):
+    assert run("score", fitted, textures / "test", "--csv", tmp_path / "table.csv") == 0
+    rows = rows_of(tmp_path / "table.csv")
+    verdicts = {kind: [row["verdict"] for row in rows if kind in row["path"]] for kind in ("hole", "good")}
+    assert verdicts["hole"].count("anomalous") >= 18
+    assert verdicts["good"].count("normal") >= 18
+    assert "of 40 images are anomalous." in capsys.readouterr().err
+
+
+def test_the_table_has_the_numbers_of_the_detector(fitted, textures, tmp_path):
+    assert run("score", fitted, textures / "test" / "hole", "--csv", tmp_path / "table.csv", "--sort", "input") == 0
+    rows = rows_of(tmp_path / "table.csv")
+    paths = sorted(str(path) for path in (textures / "test" / "hole").iterdir())
+    assert [row["path"] for row in rows] == paths
+    detector = joblib.load(fitted)["detector"]
+    for column, expected in {
+        "score": detector.score_samples(paths),
+        "p_anomalous": detector.predict_proba(paths)[:, 0],
+        "p_value": detector.p_values(paths),
+    }.items():
+        np.testing.assert_allclose([float(row[column]) for row in rows], expected, rtol=1e-6)
+    assert [row["verdict"] == "anomalous" for row in rows] == (detector.predict(paths) == -1).tolist()
+
+
+def test_fit_reports_the_auroc_and_false_alarms_of_a_test_folder(textures, tmp_path, capsys):
+    assert run("fit", textures, *SCATTERING, "--model", tmp_path / "model") == 0
+    printed = capsys.readouterr().out
+    assert run("score", tmp_path / "model", textures / "test", "--csv", tmp_path / "table.csv") == 0
+    rows = rows_of(tmp_path / "table.csv")
+    defective = ["hole" in row["path"] for row in rows]
+    auroc = roc_auc_score(defective, [-float(row["score"]) for row in rows])
+    assert fact(printed, "AUROC") == f"{auroc:.3f}"
+    n_alarms = sum("good" in row["path"] and row["verdict"] == "anomalous" for row in rows)
+    assert f"({n_alarms} of 20 good images" in fact(printed, "False alarms held")
+
+
+def test_fit_shows_a_bad_image_among_the_good_ones(textures, tmp_path, capsys):
+    good = tmp_path / "good"
+    good.mkdir()
+    for path in sorted((textures / "train" / "good").iterdir())[:30]:
+        (good / path.name).write_bytes(path.read_bytes())
+    (good / "015b.png").write_bytes((textures / "test" / "hole" / "000.png").read_bytes())
+    assert run("fit", good, *SCATTERING, "--model", tmp_path / "model") == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("path"))
+    assert lines[start + 1].split()[0] == str(good / "015b.png")
+
+
+def test_fit_says_which_rate_of_false_alarms_to_expect(textures, tmp_path, capsys):
+    good = textures / "train" / "good"
+    assert run("fit", good, *SCATTERING, "--model", tmp_path / "a", "--target-fpr", "0.1") == 0
+    assert fact(capsys.readouterr().out, "False alarms expected") == "10 % of new good images"
+    assert run("fit", good, *SCATTERING, "--model", tmp_path / "b", "--target-fpr", "0.001") == 0
+    assert "60 images cannot tell a rate below 1.64 %" in fact(capsys.readouterr().out, "False alarms expected")
+    assert run("fit", good, *SCATTERING, "--model", tmp_path / "c", "--contamination", "0.1") == 0
+    assert fact(capsys.readouterr().out, "Anomalies expected") == "10 % of images like these"
+    detector = joblib.load(tmp_path / "c")["detector"]
+    assert (detector.predict(str(good)) == -1).sum() == 6
+
+
+def test_score_prints_the_worst_images_first(fitted, textures, capsys):
+    assert run("score", fitted, textures / "test") == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["path", "score", "P(anomalous)", "p-value", "verdict"]
+    scores = [float(line.split()[1]) for line in lines]
+    assert len(scores) == 40
+    assert scores == sorted(scores)
+
+
+def test_csv_on_standard_output_is_the_file(fitted, textures, tmp_path, capsys):
+    images = textures / "test" / "good"
+    assert run("score", fitted, images, "--csv", tmp_path / "table.csv") == 0
+    capsys.readouterr()
+    assert run("score", fitted, images, "--csv", "-", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "table.csv").read_text()
+    assert captured.err == ""
+
+
+def test_score_draws_the_worst_images(fitted, textures, tmp_path):
+    assert run("score", fitted, textures / "test", "--sheet", tmp_path / "sheet.png") == 0
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.format == "PNG"
+        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    assert ANOMALOUS in colours
+    assert NORMAL not in colours
+
+
+def test_an_image_named_twice_is_scored_once(fitted, textures, capsys):
+    image = textures / "test" / "good" / "000.png"
+    assert run("score", fitted, image, textures / "test" / "good", image) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 20
+
+
+def test_the_exit_code_tells_of_anomalies_where_it_is_asked_to(fitted, textures, tmp_path):
+    assert run("score", fitted, textures / "test", "--csv", tmp_path / "table.csv") == 0
+    verdicts = {row["verdict"]: row["path"] for row in rows_of(tmp_path / "table.csv")}
+    assert run("score", fitted, *verdicts.values(), "--exit-code") == 1
+    assert run("score", fitted, verdicts["normal"], "--exit-code") == 0
+
+
+# Backbones
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of random weights of a tiny network."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model("test_resnet", num_classes=0)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_a_backbone_and_its_layers_describe_the_images(textures, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = textures / "train" / "good"
+    assert run("fit", good, "--features", "test_resnet", "--weights", weights.name, "--layers", "layer1,layer3") == 0
+    features = joblib.load("dfkde-model.joblib")["detector"].features_
+    assert features.layers_ == ["layer1", "layer3"]
+    described = fact(capsys.readouterr().out, "Detector")
+    assert described.startswith(f"{features.n_features_out_} features (test_resnet.r160_in1k, layer1, layer3)")
+    # The model knows where the weights are, wherever it is used.
+    monkeypatch.chdir(textures)
+    assert run("score", tmp_path / "dfkde-model.joblib", Path("test", "good")) == 0
+
+
+def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
+    good, model = textures / "train" / "good", tmp_path / "model"
+    assert run("fit", good, "--features", "test_resnet", "--weights", weights, "--model", model) == 0
+    assert run("score", model, good) == 0
+    before = capsys.readouterr().out.splitlines()[-61:]
+    moved = weights.rename(tmp_path / "moved.safetensors")
+    assert run("score", model, good) == 2
+    assert "tiny.safetensors': there is no such file. On the command line: --weights FILE" in capsys.readouterr().err
+    assert run("score", model, good, "--weights", moved) == 0
+    assert capsys.readouterr().out.splitlines() == before
+
+
+def test_pretrained_weights_that_are_not_to_be_had_are_an_error_with_the_ways_out(
+    textures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert run("fit", textures, "--model", tmp_path / "model") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("dfkde fit: error: The pretrained weights of backbone 'resnet18.tv_in1k'")
+    assert "--weights FILE, or --features scattering" in message
+
+
+def test_the_settings_of_one_run_are_not_in_the_model(textures, tmp_path):
+    good = textures / "train" / "good"
+    assert run("fit", good, *SCATTERING, "--device", "cpu", "--model", tmp_path / "model") == 0
+    detector = joblib.load(tmp_path / "model")["detector"]
+    assert detector.device is detector.features.device is detector.features_.device is None
+
+
+# Files
+
+
+def test_an_existing_model_is_kept_unless_forced(textures, tmp_path, capsys):
+    model, good = tmp_path / "model", textures / "train" / "good"
+    model.write_bytes(b"precious")
+    assert run("fit", good, *SCATTERING, "--model", model) == 2
+    assert f"{model} exists" in capsys.readouterr().err
+    assert model.read_bytes() == b"precious"
+    assert run("fit", good, *SCATTERING, "--model", model, "--force") == 0
+    assert isinstance(joblib.load(model)["detector"], DFKDEDetector)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("option", ["--csv", "--sheet"])
+def test_existing_tables_and_pictures_are_kept_unless_forced(option, fitted, textures, tmp_path, capsys):
+    file = tmp_path / "table.png"
+    file.write_bytes(b"precious")
+    assert run("score", fitted, textures / "test" / "good", option, file) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{file} exists" in captured.err
+    assert file.read_bytes() == b"precious"
+    assert run("score", fitted, textures / "test" / "good", option, file, "--force") == 0
+    assert file.read_bytes() != b"precious"
+
+
+@pytest.fixture
+def with_broken(textures, tmp_path):
+    """Two good images, and between them one that is cut off."""
+    folder = tmp_path / "some broken"
+    folder.mkdir()
+    good = sorted((textures / "test" / "good").iterdir())[:2]
+    for name, path in zip("ac", good, strict=True):
+        (folder / f"{name}.png").write_bytes(path.read_bytes())
+    (folder / "b.png").write_bytes(good[0].read_bytes()[:300])
+    return folder
+
+
+def test_a_broken_image_stops_and_nothing_is_written(fitted, with_broken, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert run("score", fitted, with_broken, "--csv", tmp_path / "table.csv") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith(f"dfkde score: error: {with_broken / 'b.png'}: the image cannot")
+    assert run("fit", with_broken, *SCATTERING, "--model", tmp_path / "model") == 2
+    assert str(with_broken / "b.png") in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_skipped_image_is_named_on_standard_error_and_in_the_table(fitted, with_broken, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    assert run("score", fitted, with_broken, "--skip-broken", "--csv", table, "--sort", "input", "--exit-code") == 1
+    captured = capsys.readouterr()
+    assert f"dfkde score: skipped: {with_broken / 'b.png'}: the image cannot be read" in captured.err
+    assert "1 could not be read" in captured.err
+    assert captured.out.splitlines()[2].split()[-4:] == ["-", "-", "-", "broken"]
+    rows = rows_of(table)
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.png", "c.png"]
+    assert (rows[1]["score"], rows[1]["verdict"]) == ("", "broken")
+    assert "cannot be read" in rows[1]["reason"]
+    assert [row["reason"] for row in rows[::2]] == ["", ""]
+    # The others are scored as if it were not there.
+    (with_broken / "b.png").unlink()
+    assert run("score", fitted, with_broken, "--csv", "-", "--sort", "input") == 0
+    without = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [rows[0], rows[2]] == without
+
+
+def test_only_broken_images_are_an_error_even_where_they_are_skipped(fitted, with_broken, capsys):
+    assert run("score", fitted, with_broken / "b.png", "--skip-broken") == 2
+    assert "None of the 1 images can be read" in capsys.readouterr().err
+
+
+# Mistakes
+
+
+@pytest.fixture(scope="module")
+def odd(fitted, textures, tmp_path_factory):
+    """Folders and files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("odd")
+    image = (textures / "test" / "hole" / "000.png").read_bytes()
+    for place in ("single", "tested/test/hole", "several/one/train/good"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "000.png").write_bytes(image)
+    (folder / "none").mkdir()
+    (folder / "text").write_text("no model")
+    (folder / "cut").write_bytes(fitted.read_bytes()[:1000])
+    rows = np.random.default_rng(0).normal(size=(9, 2))
+    for name, content in {
+        "list": [1],
+        "older": joblib.load(fitted) | {"dfkde_sklearn": "0.0.1"},
+        "unfitted": DFKDEDetector(),
+        "matrix": DFKDEDetector().fit(rows),
+    }.items():
+        joblib.dump(content, folder / name)
+    return folder
+
+
+# What is typed, and what the error says.
+MISTAKES = {
+    "fit {odd}/missing": "missing is not a folder",
+    "fit {model}": "is not a folder",
+    "fit {odd}/none": "no image file in the folder",
+    "fit {odd}/single --features scattering": "minimum of 2 is required",
+    "fit {odd}/several": "It holds several categories, load one of them: 'one'",
+    "fit {odd}/tested": "has no folder train/good",
+    "fit {images} --features resnet1": "is not a model of timm",
+    "fit {images} --features test_resnet --weights no.safetensors": "no.safetensors': there is no such file",
+    "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
+    "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of DFKDEDetector must be",
+    "fit {images} --features scattering --device tpu9": "device='tpu9'",
+    "fit {images} --model no/where": "there is no folder no",
+    "fit {images} --model {odd} --force": "is a folder. Name a file.",
+    "score {odd}/missing {images}": "MODEL .*missing: there is no such file",
+    "score {odd}/text {images}": "is no model of dfkde fit",
+    "score {odd}/single/000.png {images}": "is no model of dfkde fit",
+    "score {odd}/cut {images}": "or was damaged",
+    "score {odd}/list {images}": "holds a list, no DFKDEDetector",
+    "score {odd}/older {images}": "made by dfkde-sklearn 0.0.1, and this is",
+    "score {odd}/unfitted {images}": "not fitted yet",
+    "score {odd}/matrix {images}": "fitted on a feature matrix",
+    "score {model} {odd}/missing.png": "missing.png' is neither a folder nor a file",
+    "score {model} {images} --weights {model}": "--weights: the ScatteringFeatures",
+    "score {model} {images} --sheet sheet.jpg": r"ends in \.png",
+    "demo --out sheet.jpg": r"ends in \.png",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_on_standard_error(mistake, fitted, textures, odd, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [part.format(odd=odd, model=fitted, images=textures) for part in mistake.split()]
+    assert run(*arguments, "--quiet") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"dfkde {arguments[0]}: error: ")
+    assert re.search(MISTAKES[mistake], line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["fit"], ["score", "model"], ["demo", "--material", "jelly"]])
+def test_wrong_arguments_end_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "dfkde_sklearn", "--help"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for command in ("demo", "fit", "score"):
+        assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE)
+
+
+# The picture
+
+
+def test_a_mask_is_outlined_and_not_painted_over():
+    mask = np.zeros((TILE, TILE), dtype=bool)
+    mask[50:80, 60:120] = True
+    grey = Image.new("L", (TILE, TILE), 90)
+    sheet = np.asarray(contact_sheet("", [], [Section("", [Tile(grey, "", "", True, mask)])]))
+    rows, columns = np.nonzero((sheet == DEFECT).all(axis=-1))
+    top, left = rows.min(), columns.min()
+    assert (rows.max() - top + 1, columns.max() - left + 1) == (30 + 4, 60 + 4)
+    assert (sheet[top + 2 : top + 32, left + 2 : left + 62] == 90).all()
+
+
+def test_every_tile_is_on_the_sheet_and_empty_sections_are_not():
+    def tile(anomalous):
+        return Tile(Image.new("L", (30, 90)), "a long name " * 9, "", anomalous)
+
+    sections = [Section("a", [tile(True)] * 7), Section("b", []), Section("c", [tile(False)] * 2)]
+    sheet = np.asarray(contact_sheet("title", ["note"], sections, columns=3))
+    bars = [(sheet == colour).all(axis=-1).sum() / TILE for colour in (ANOMALOUS, NORMAL)]
+    assert bars[0] / 7 == bars[1] / 2
+    without = contact_sheet("title", ["note"], [sections[0], sections[2]], columns=3)
+    assert sheet.shape[:2] == (without.height, without.width)
