@@ -60,9 +60,7 @@ def seconds(call: Callable[[], torch.Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="images in the batch (default: 8)")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of timings (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")

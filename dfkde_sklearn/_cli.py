@@ -1,4 +1,4 @@
-"""The command line: ``dfkde demo``, ``dfkde fit`` and ``dfkde score``.
+"""The command line: ``dfkde demo``, ``dfkde fit``, ``dfkde score`` and ``dfkde cache``.
 
 Results go to standard output, progress and errors to standard error.
 """
@@ -27,6 +27,7 @@ from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn import DFKDEDetector, __version__, datasets
+from dfkde_sklearn._cache import cache_size, clear_cache
 from dfkde_sklearn._contact_sheet import Section, Tile, contact_sheet
 from dfkde_sklearn._features import TimmFeatures
 from dfkde_sklearn._images import as_images
@@ -253,6 +254,20 @@ def _score(options: argparse.Namespace) -> int:
             sheet.save(temporary, format="PNG")
     _say(options, summary + (f" {len(broken)} could not be read." if broken else ""))
     return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
+
+
+def _cache(options: argparse.Namespace) -> int:
+    if options.action == "clear":
+        clear_cache(options.folder)
+    size = cache_size(options.folder)
+    _print_facts(
+        {
+            "Cache": str(options.folder),
+            "Entries": f"{size.n_rows}, one for each image and layer",
+            "Size": f"{size.n_bytes / 1e6:.1f} MB",
+        }
+    )
+    return DONE
 
 
 # Images
@@ -623,6 +638,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _add_score(commands)
+    _add_cache(commands)
     return parser
 
 
@@ -754,6 +770,18 @@ def _add_score(commands: Any) -> None:
     group.add_argument("--weights", metavar="FILE", help="weights of the backbone, where they have moved since the fit")
     _add_stage_run(group)
     _add_common(command)
+
+
+def _add_cache(commands: Any) -> None:
+    command = commands.add_parser(
+        "cache",
+        help="tell the size of a feature cache, or empty it",
+        description="Tell how much is in a folder that feature stages use as cache=FOLDER in Python, or empty it. "
+        "Features that are no longer there are computed again where they are needed.",
+    )
+    command.set_defaults(run=_cache)
+    command.add_argument("action", choices=("size", "clear"), help="size: tell it; clear: empty it, then tell it")
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the cache")
 
 
 def _add_stage_run(group: Any) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import difflib
+import dis
 import hashlib
 import itertools
+import json
 import math
 import os
 import ssl
 import threading
+import types
 import urllib.error
 import urllib.request
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -27,8 +32,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._images import as_images, image_batches
+from dfkde_sklearn._images import Images, as_images, image_batches
 
 # Seconds to wait for the first sign of the server that has the weights.
 PROBE_SECONDS = 3.0
@@ -36,6 +42,11 @@ PROBE_SECONDS = 3.0
 MAX_LOADED = 4
 _loaded: OrderedDict[tuple[Any, ...], tuple[nn.Module, str]] = OrderedDict()
 _loading = threading.RLock()
+# What was found out of networks with a fingerprint, which a search asks for again in every fold.
+MAX_KNOWN = 64
+_known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+# Of the loaded backbones, which nobody changes.
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 # A user's module has one training flag and one device: threads that use it take turns.
 _borrowing = threading.RLock()
 
@@ -71,6 +82,10 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         Size in pixels of what the network sees. None is the backbone's own.
     batch_size : int, default=32
         Images that go through the network at once. Does not change the result.
+    cache : bool, str, PathLike or None, default=None
+        Whether to keep features, layer by layer, and read those that are there. True: in the memory of this
+        process, up to 1 GiB, for all feature stages. A path: in this folder, for any number of processes of
+        this machine, until :func:`clear_cache`. See Notes.
     device : str, torch.device or None, default=None
         Where the network runs. None is the first CUDA GPU where there is one, else the CPU.
     random_state : int, RandomState instance or None, default=None
@@ -115,6 +130,16 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
     they are needed, and weights that differ from those of ``fit`` are an error. A module goes into the pickle
     whole.
 
+    With `cache`, an image goes through the network only if a layer asked for is not there yet, and then as far
+    as the last such layer. Features are found by the content of the image (the bytes of its file, not its path)
+    and by all that decides them: weights, structure and code of the network, layer, pooling, preprocessing, device,
+    versions of the libraries. Of a module's attributes, plain ones (numbers, text, tensors, functions) count, but not
+    those that its ``forward`` assigns; functions that its class calls from elsewhere do not: after changing one,
+    clear the cache. What is read is bit for bit what was computed the first time. Computed again without the
+    cache, the last bit of a float32 may differ where the images share their batch with others. To fill the cache
+    in one pass for a search over layers, describe the images with all of them once:
+    ``TimmFeatures(layers=[...], cache=...).fit_transform(images)``.
+
     References
     ----------
     .. [1] F. Radenović, G. Tolias, O. Chum, "Fine-tuning CNN image retrieval with no human annotation",
@@ -143,6 +168,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "cache": ["boolean", str, os.PathLike, None],
         "device": [str, torch.device, None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
@@ -158,6 +184,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         weights: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
         batch_size: int = 32,
+        cache: bool | str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
@@ -169,6 +196,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.weights = weights
         self.image_size = image_size
         self.batch_size = batch_size
+        self.cache = cache
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -194,9 +222,75 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         ValueError
             If the backbone, a layer, the weights or the images are not what is allowed.
         OSError
-            If pretrained weights are not on this machine and cannot be downloaded.
+            If pretrained weights are not on this machine and cannot be downloaded, or the cache cannot be
+            written to.
         """
+        self._fit(X)
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
+        """Do what `fit` and then `transform` do, and look at the network's weights once.
+
+        Parameters
+        ----------
+        X : images
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        ndarray of shape (n_images, `n_features_out_`), float32
+            A row for each image, in their order.
+        """
+        return self._described(X, self._fit(X))
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Return the features of the images.
+
+        Parameters
+        ----------
+        X : images
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+
+        Returns
+        -------
+        ndarray of shape (n_images, `n_features_out_`), float32
+            A row for each image, in their order.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read, its features are not finite, or the backbone's weights are not those
+            of ``fit``.
+        OSError
+            If the backbone's weights have to be loaded again and are not to be had.
+        """
+        check_is_fitted(self, "n_features_out_")
+        return self._described(X)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return names such as "layer1_0", or "embedding_0" for the pooled embedding.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored: images have no names of features.
+
+        Returns
+        -------
+        ndarray of str objects of shape (`n_features_out_`,)
+            Names of the columns that ``transform`` returns.
+        """
+        check_is_fitted(self, "n_features_out_")
+        layers = zip(self.layers_ or ["embedding"], self.layer_widths_, strict=True)
+        return np.array([f"{name}_{i}" for name, width in layers for i in range(width)], dtype=object)
+
+    def _fit(self, X: Any) -> str:
+        """Fit, and return the fingerprint of the backbone."""
         as_images(X)
+        check_cache(self.cache)
         layers = [self.layers] if isinstance(self.layers, str) else list(self.layers or [])
         size = _height_and_width(self.image_size)
         if self.weights is not None and not isinstance(self.backbone, str):
@@ -211,7 +305,8 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         random = isinstance(self.backbone, str) and not self.pretrained and self.weights is None
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1)) if random else None
         with self._network() as (network, weights_hash):
-            self.weights_hash_ = weights_hash or _weights_hash(network)
+            fingerprint = self._fingerprint(network)
+            self.weights_hash_ = weights_hash or _remembered((fingerprint,), partial(_weights_hash, network))
             config = _data_config(network, size)
             self.input_size_ = config["input_size"][1:]
             self.mean_, self.std_ = config["mean"], config["std"]
@@ -219,7 +314,10 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
             self.crop_pct_ = config["crop_pct"]
             if self.layers is not None:
                 _check_layers(layers, network, self.backbone_name_)
-            found = _layer_formats(network, layers, self.input_size_, self.backbone_name_)
+            found = _remembered(
+                (fingerprint, *layers, *self.input_size_),
+                partial(_layer_formats, network, layers, self.input_size_, self.backbone_name_),
+            )
         if not layers and found[0].axes == "NC" and self.pooling != "avg":
             raise ValueError(
                 f"pooling={self.pooling!r} has nothing to pool: with layers=None the backbone's own pooling is"
@@ -230,30 +328,10 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.layer_prefix_tokens_ = [layer.prefix_tokens for layer in found]
         self.layer_widths_ = [layer.width for layer in found]
         self.n_features_out_ = sum(self.layer_widths_)
-        return self
+        return fingerprint
 
-    def transform(self, X: Any) -> np.ndarray:
-        """Return the features of the images.
-
-        Parameters
-        ----------
-        X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
-
-        Returns
-        -------
-        ndarray of shape (n_images, n_features_out_), float32
-            A row for each image, in their order.
-
-        Raises
-        ------
-        ValueError
-            If an image cannot be read, its features are not finite, or the backbone's weights are not those
-            of ``fit``.
-        OSError
-            If the backbone's weights have to be loaded again and are not to be had.
-        """
-        check_is_fitted(self, "n_features_out_")
+    def _described(self, X: Any, fingerprint: str | None = None) -> np.ndarray:
+        """Return the features of the images; the fingerprint of the backbone need not be taken where it is given."""
         images = as_images(X)
         from timm.data import create_transform
 
@@ -266,49 +344,13 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
             crop_pct=self.crop_pct_,
             is_training=False,
         )
-        features = np.empty((len(images), self.n_features_out_), np.float32)
-        with self._network() as (network, weights_hash):
-            if weights_hash not in (None, self.weights_hash_):
-                raise ValueError(
-                    f"The weights of backbone {self.backbone_name_!r} are not those of fit: SHA-256"
-                    f" {weights_hash:.12}..., at fit {self.weights_hash_:.12}.... Restore the weights, or fit"
-                    " again."
-                )
-            start = 0
-            for batch in image_batches(
-                images,
-                preprocess,
-                self.batch_size,
-                verbose=bool(self.verbose),
-                description=self.backbone_name_,
-            ):
-                rows = self._rows(network, batch).cpu().numpy()
-                bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-                if len(bad):
-                    raise ValueError(
-                        f"{images.name(start + int(bad[0]))}: backbone {self.backbone_name_!r} returned NaN or"
-                        " infinite features. Its weights are not finite, or too large for its dtype."
-                    )
-                features[start : start + len(rows)] = rows
-                start += len(rows)
-        return features
-
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Return names such as "layer1_0", or "embedding_0" for the pooled embedding.
-
-        Parameters
-        ----------
-        input_features : None
-            Ignored: images have no names of features.
-
-        Returns
-        -------
-        ndarray of str objects of shape (n_features_out_,)
-            Names of the columns that ``transform`` returns.
-        """
-        check_is_fitted(self, "n_features_out_")
-        layers = zip(self.layers_ or ["embedding"], self.layer_widths_, strict=True)
-        return np.array([f"{name}_{i}" for name, width in layers for i in range(width)], dtype=object)
+        return feature_matrix(
+            images,
+            self.layer_widths_,
+            partial(self._recipes, fingerprint),
+            partial(self._computed, preprocess),
+            self.cache,
+        )
 
     @contextmanager
     def _network(self) -> Iterator[tuple[nn.Module, str | None]]:
@@ -319,13 +361,72 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
                 yield self.backbone, None
         else:
             size = _height_and_width(self.image_size)
-            yield _named_backbone(
-                self.backbone_name_, self.pretrained, self.weights, self.seed_, size, device
-            )
+            yield _named_backbone(self.backbone_name_, self.pretrained, self.weights, self.seed_, size, device)
 
-    def _rows(self, network: nn.Module, batch: Tensor) -> Tensor:
-        """Return the features (n, n_features_out_) of transformed images (n, 3, H, W)."""
-        plan = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
+    @contextmanager
+    def _fitted_network(self) -> Iterator[nn.Module]:
+        """Lend the backbone if a named one has the weights of fit."""
+        with self._network() as (network, weights_hash):
+            if weights_hash not in (None, self.weights_hash_):
+                raise ValueError(
+                    f"The weights of backbone {self.backbone_name_!r} are not those of fit: SHA-256"
+                    f" {weights_hash:.12}..., at fit {self.weights_hash_:.12}.... Restore the weights, or fit"
+                    " again."
+                )
+            yield network
+
+    def _computed(self, preprocess: Callable[[Any], Tensor], images: Images, blocks: list[int]) -> Iterator[np.ndarray]:
+        """Yield the features of the images, of the layers at these positions, batch by batch."""
+        start = 0
+        batches = image_batches(
+            images, preprocess, self.batch_size, verbose=bool(self.verbose), description=self.backbone_name_
+        )
+        with self._fitted_network() as network:
+            for batch in batches:
+                rows = self._rows(network, batch, blocks).cpu().numpy()
+                bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+                if len(bad):
+                    raise ValueError(
+                        f"{images.name(start + int(bad[0]))}: backbone {self.backbone_name_!r} returned NaN or"
+                        " infinite features. Its weights are not finite, or too large for its dtype."
+                    )
+                yield rows
+                start += len(rows)
+
+    def _recipes(self, fingerprint: str | None = None) -> list[str]:
+        """Return, for each layer, all that decides its features beside the image."""
+        import timm
+
+        if fingerprint is None and isinstance(self.backbone, nn.Module):
+            fingerprint = self._fingerprint(self.backbone)
+        elif fingerprint is None:
+            with self._fitted_network() as network:
+                fingerprint = self._fingerprint(network)
+        of_all = {
+            "network": fingerprint,
+            "timm": timm.__version__,
+            "numerics": numerics(as_device(self.device)),
+            "pooling": self.pooling,
+            "size": self.input_size_,
+            "mean": self.mean_,
+            "std": self.std_,
+            "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_],
+        }
+        layers = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
+        return [json.dumps(of_all | {"layer": layer}, default=str) for layer in layers]
+
+    def _fingerprint(self, network: nn.Module) -> str:
+        if isinstance(self.backbone, nn.Module):
+            return _fingerprint(network)
+        if network not in _fingerprints:
+            _fingerprints[network] = _fingerprint(network)
+        return _fingerprints[network]
+
+    def _rows(self, network: nn.Module, batch: Tensor, blocks: list[int] | None = None) -> Tensor:
+        """Return the features (n, n_features) of transformed images (n, 3, H, W): of all layers, or of these."""
+        plan = list(zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True))
+        if blocks is not None:
+            plan = [plan[block] for block in blocks]
         formats = {name: (axes, prefix_tokens) for name, axes, prefix_tokens in plan}
         pooled: dict[str, Tensor] = {}
 
@@ -335,7 +436,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
             if len(pooled) == len(formats):
                 raise _LayersRead
 
-        _visit_layers(network, batch, self.layers_, pool)
+        _visit_layers(network, batch, [layer for layer in formats if layer], pool)
         return torch.cat([pooled[layer] for layer in formats], dim=1)
 
     def __sklearn_clone__(self) -> Self:
@@ -368,9 +469,7 @@ class _LayerFormat(NamedTuple):
 # Layers
 
 
-def _visit_layers(
-    network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]
-) -> None:
+def _visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
     """Run a forward pass and call ``visit(name, output)`` when a layer returns, or with the embedding."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), batch)
@@ -441,9 +540,7 @@ def _check_layers(layers: list[str], network: nn.Module, name: str) -> None:
     )
 
 
-def _layer_formats(
-    network: nn.Module, layers: list[str], size: tuple[int, int], name: str
-) -> list[_LayerFormat]:
+def _layer_formats(network: nn.Module, layers: list[str], size: tuple[int, int], name: str) -> list[_LayerFormat]:
     """Return the format of each layer's output, found out by forward passes of blank images."""
     height, width = size
     try:
@@ -502,9 +599,7 @@ def _n_wide_axes(shape: tuple[int, ...]) -> int:
     return sum(length > 1 for length in shape[1:])
 
 
-def _axes_by_growth(
-    network: nn.Module, shape: tuple[int, ...], taller: tuple[int, ...]
-) -> tuple[str | None, int]:
+def _axes_by_growth(network: nn.Module, shape: tuple[int, ...], taller: tuple[int, ...]) -> tuple[str | None, int]:
     """Return axes and prefix tokens of an output from its shape for an image and for one twice as tall.
 
     There are as many channels, and as many prefix tokens, for every size of image.
@@ -521,9 +616,7 @@ def _axes_by_growth(
     return (axes, n_prefix) if constant == n_prefix else (None, 0)
 
 
-def _axes_by_size(
-    network: nn.Module, shape: tuple[int, ...], height: int, width: int
-) -> tuple[str | None, int]:
+def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width: int) -> tuple[str | None, int]:
     """Return axes and prefix tokens of an output of a network that takes images of one size only."""
     if len(shape) == 4:
         maps = {"NCHW": shape[2:], "NHWC": shape[1:3]}
@@ -557,21 +650,22 @@ def _borrowed(module: nn.Module, device: torch.device) -> Iterator[None]:
         devices = {tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())}
         if len(devices) > 1:
             raise ValueError(
-                f"backbone: a module on several devices ({', '.join(sorted(map(str, devices)))}). Move it to"
-                " one."
+                f"backbone: a module on several devices ({', '.join(sorted(map(str, devices)))}). Move it to one."
             )
+        moved = bool(devices) and devices != {device}
         training = [(part, part.training) for part in module.modules()]
         try:
             module.eval()
-            module.to(device)
+            if moved:
+                module.to(device)
             yield
         finally:
             # Some modules keep what they computed in evaluation mode until train() is called.
             module.train(training[0][1])
             for part, flag in training:
                 part.training = flag
-            for home in devices:
-                module.to(home)
+            if moved:
+                module.to(next(iter(devices)))
 
 
 def _named_backbone(
@@ -615,9 +709,7 @@ def _created(
             if ":" in name or (pretrained and file is None):
                 found, source = _pretrained_source(name)
             if file is None:
-                return timm.create_model(
-                    found, pretrained=pretrained, pretrained_cfg_overlay=source, **options
-                )
+                return timm.create_model(found, pretrained=pretrained, pretrained_cfg_overlay=source, **options)
             network = timm.create_model(found, num_classes=0)
             _load_weights(network, file, name)
             if "img_size" not in options:
@@ -709,8 +801,96 @@ def _weights_hash(network: nn.Module) -> str:
     for name, values in sorted(network.state_dict().items()):
         if isinstance(values, Tensor):
             digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
-            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_bytes(values))
     return digest.hexdigest()
+
+
+def _remembered(key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
+    """Return what is known under a key, found out at the first time."""
+    with _loading:
+        if key not in _known:
+            _known[key] = find()
+            if len(_known) > MAX_KNOWN:
+                _known.popitem(last=False)
+        _known.move_to_end(key)
+        return _known[key]
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """Return a hash of what decides the outputs of a network: weights, modules, settings and code.
+
+    A search takes it for every candidate and fold: it has to cost little.
+    """
+    digest, texts = hashlib.sha256(), []
+    kinds = {kind: _code_and_records(kind) for kind in {type(part) for part in network.modules()}}
+    for name, part in network.named_modules():
+        code, records = kinds[type(part)]
+        texts.append(f"{name}: {code}")
+        contents = vars(part)
+        texts += [f"{key}={_described(value)}" for key, value in contents.items() if key not in records]
+        # This file's own hooks stand there while another thread reads layers.
+        for hook in (*contents["_forward_hooks"].values(), *contents["_forward_pre_hooks"].values()):
+            if hook.__module__ != __name__:
+                texts.append(f"hook {_described(hook)}")
+        for key, values in (*contents["_parameters"].items(), *contents["_buffers"].items()):
+            if values is not None:
+                texts.append(f"{key} {values.dtype} {tuple(values.shape)}")
+                digest.update(_bytes(values))
+    if isinstance(network, torch.jit.ScriptModule):
+        texts.append(str(network.inlined_graph))
+    digest.update("\n".join(texts).encode())
+    return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> memoryview:
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _code_and_records(kind: type) -> tuple[str, set[str]]:
+    """Return text that tells a class of modules, and the attributes that its forward pass writes to."""
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    methods = [method for part in own for method in vars(part).values() if isinstance(method, types.FunctionType)]
+    forward = [_records(method.__code__) for method in methods if method.__name__.startswith("forward")]
+    codes = "".join(_code(method.__code__) for method in methods)
+    # What every module has, weights among it, is looked at by itself.
+    return f"{kind.__module__}.{kind.__qualname__} {codes}", set(vars(nn.Module())).union(*forward)
+
+
+def _described(value: Any) -> str:
+    """Return text that tells apart settings of a module; nothing for what is no plain value."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"({','.join(map(_described, value))})"
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes(value)).hexdigest()}"
+    if isinstance(value, partial):
+        return _described([value.func, value.args, *value.keywords.items()])
+    if not isinstance(value, types.FunctionType):
+        return getattr(value, "__qualname__", "")
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    enclosed = {name: cell.cell_contents for name, cell in cells if name not in _records(value.__code__)}
+    plain = [item for item in enclosed.items() if isinstance(item[1], bool | int | float | str | Tensor)]
+    return _code(value.__code__) + _described([value.__defaults__, plain])
+
+
+@lru_cache(maxsize=4096)
+def _code(code: types.CodeType) -> str:
+    """Return a hash of what a function does, wherever it was defined."""
+    constants = [_code(part) if isinstance(part, types.CodeType) else repr(part) for part in code.co_consts]
+    # The text of a set depends on the process.
+    constants = ["".join(sorted(text)) if text.startswith("frozenset") else text for text in constants]
+    return hashlib.sha256(f"{code.co_name} {code.co_code.hex()} {code.co_names} {constants}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _records(code: types.CodeType) -> frozenset[str]:
+    """Return the names of what code writes to: what it counts or keeps, not what it was set to."""
+    steps = list(dis.get_instructions(code))
+    assigned = {step.argval for step in steps if step.opname in ("STORE_ATTR", "STORE_DEREF")}
+    grown = {owner.argval for owner, step in itertools.pairwise(steps) if step.argval in ("append", "extend", "add")}
+    return frozenset(name for name in assigned | grown if isinstance(name, str))
 
 
 def _weights_file(weights: str | os.PathLike[str]) -> Path:
@@ -742,9 +922,7 @@ def _load_weights(network: nn.Module, file: Path, name: str) -> None:
         "missing": [key for key in missing if not key.startswith(heads)],
         "unexpected": [key for key in shapes.keys() - own.keys() if not key.startswith(heads)],
         "of another shape": [
-            f"{key} {shapes[key]} for {own[key]}"
-            for key in own.keys() & shapes.keys()
-            if own[key] != shapes[key]
+            f"{key} {shapes[key]} for {own[key]}" for key in own.keys() & shapes.keys() if own[key] != shapes[key]
         ],
     }
     if any(differences.values()):

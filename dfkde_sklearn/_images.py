@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import deque
@@ -88,9 +89,7 @@ class Images(Sequence[Image.Image]):
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: there is no such file.") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(
-                f"{name}: {error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
-            ) from error
+            raise ValueError(f"{name}: {error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS.") from error
         except Exception as error:  # PIL's readers raise SyntaxError, IndexError, struct.error, zlib.error...
             raise ValueError(f"{name}: {_reason(item, error)}") from error
         # PIL's own conversion clips wide samples at 255 and never scales.
@@ -111,6 +110,38 @@ class Images(Sequence[Image.Image]):
         """
         item = self._items[index]
         return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of what the picture at `index` is read from: the file's bytes, or else its pixels.
+
+        Parameters
+        ----------
+        index : int
+            Position of the image.
+
+        Returns
+        -------
+        bytes
+            32 of them: the same for the same content, wherever it stands; a picture in a file and the same in
+            memory have different ones.
+
+        Raises
+        ------
+        ValueError
+            If the image cannot be read. The message names it.
+        FileNotFoundError
+            If there is no such file.
+        """
+        item = self._items[range(len(self))[index]]
+        if isinstance(item, str | os.PathLike):
+            try:
+                with open(item, "rb") as file:  # noqa: PTH123 (a str or a path)
+                    return hashlib.file_digest(file, "sha256").digest()
+            except OSError:
+                self[index]  # raises an error that names the image
+                raise
+        picture = self[index]
+        return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
 
 
 def as_images(X: Any) -> Images:
@@ -297,9 +328,7 @@ def _check_stack(X: np.ndarray | torch.Tensor) -> None:
             f" {shape[-1]}. For one image pass X[None]; for a stack pass X[..., None]."
         )
     if len(shape) not in (3, 4):
-        raise ValueError(
-            f"images: an array of shape {shape}. Allowed: (n, H, W), (n, H, W, C) or (n, C, H, W)."
-        )
+        raise ValueError(f"images: an array of shape {shape}. Allowed: (n, H, W), (n, H, W, C) or (n, C, H, W).")
     if shape[0]:
         _check_shape(shape[1:], "images")
 
@@ -307,9 +336,7 @@ def _check_stack(X: np.ndarray | torch.Tensor) -> None:
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
     """Raise a ValueError unless `shape` is that of one image, in one reading only."""
     if 0 in shape or len(shape) not in (2, 3):
-        raise ValueError(
-            f"{name}: shape {shape} is not that of an image. Allowed: (H, W), (H, W, C) or (C, H, W)."
-        )
+        raise ValueError(f"{name}: shape {shape} is not that of an image. Allowed: (H, W), (H, W, C) or (C, H, W).")
     if len(shape) == 2:
         return
     first, last = shape[0] in CHANNELS, shape[2] in CHANNELS
@@ -388,9 +415,7 @@ def _as_8_bits(values: np.ndarray, name: str) -> np.ndarray:
     # A NaN fails both comparisons.
     if not (low >= 0 and high <= (1 if floating else 65535)):
         if not np.isfinite(values).all():
-            raise ValueError(
-                f"{name}: NaN or infinite values. Replace them first, for example with np.nan_to_num."
-            )
+            raise ValueError(f"{name}: NaN or infinite values. Replace them first, for example with np.nan_to_num.")
         if not floating:
             raise ValueError(f"{name}: integers from {low} to {high}. Allowed: 0 to 65535.")
         raise ValueError(

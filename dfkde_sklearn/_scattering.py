@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from numbers import Integral
 from typing import Any, NamedTuple, Self
@@ -17,8 +20,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._images import as_images, image_batches
+from dfkde_sklearn._images import Images, as_images, image_batches
 
 STATISTICS = ("mean", "std", "max")
 
@@ -57,6 +61,11 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         twice that.
     batch_size : int, default=32
         Images that are transformed at once. Does not change the result.
+    cache : bool, str, PathLike or None, default=None
+        Whether to keep features and read those that are there. True: in the memory of this process, up to 1 GiB,
+        for all feature stages. A path: in this folder, for any number of processes of this machine, until
+        :func:`clear_cache`. They are found by the content of the image, the parameters and the versions of the
+        libraries.
     device : str, torch.device or None, default=None
         Where the filters run. None is the first CUDA GPU where there is one, else the CPU.
     verbose : bool, default=False
@@ -111,6 +120,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         "orientations": [Interval(Integral, 1, None, closed="left")],
         "image_size": [Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "cache": ["boolean", str, os.PathLike, None],
         "device": [str, torch.device, None],
         "verbose": ["verbose"],
     }
@@ -122,6 +132,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         orientations: int = 8,
         image_size: int = 128,
         batch_size: int = 32,
+        cache: bool | str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         verbose: bool = False,
     ) -> None:
@@ -129,6 +140,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         self.orientations = orientations
         self.image_size = image_size
         self.batch_size = batch_size
+        self.cache = cache
         self.device = device
         self.verbose = verbose
 
@@ -152,8 +164,11 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         ------
         ValueError
             If a parameter is out of range, or X holds no images.
+        OSError
+            If the cache cannot be written to.
         """
         as_images(X)
+        check_cache(self.cache)
         as_device(self.device)
         unit = 2**self.scales
         if self.image_size % unit or self.image_size < 2 * unit:
@@ -175,7 +190,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
 
         Returns
         -------
-        ndarray of shape (n_images, n_features_out_), float32
+        ndarray of shape (n_images, `n_features_out_`), float32
             A row for each image, in their order: logarithms without a unit, 0 or more.
 
         Raises
@@ -184,25 +199,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
             If an image cannot be read; the message names it.
         """
         check_is_fitted(self)
-        images, device = as_images(X), as_device(self.device)
-        border = 2**self.scales
-        cascade = wavelet_cascade(self.image_size + 2 * border, self.scales, self.orientations).to(device)
-        features = np.empty((len(images), self.n_features_out_), np.float32)
-        start = 0
-        for batch in image_batches(
-            images,
-            partial(_grey_levels, size=self.image_size),
-            self.batch_size,
-            verbose=bool(self.verbose),
-            description="scattering",
-        ):
-            with torch.inference_mode():
-                framed = pad(batch.to(device)[:, None], (border,) * 4, mode="reflect")[:, 0]
-                coefficients = scattering_coefficients(framed, cascade, border)
-                rows = torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
-            features[start : start + len(rows)] = rows.cpu().numpy()
-            start += len(rows)
-        return features
+        return feature_matrix(as_images(X), [self.n_features_out_], self._recipes, self._computed, self.cache)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the names: order, scale and orientation of each wavelet on the way, statistic.
@@ -214,11 +211,34 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
 
         Returns
         -------
-        ndarray of str objects of shape (n_features_out_,)
+        ndarray of str objects of shape (`n_features_out_`,)
             For example "order1_scale0_orientation3_mean", "order2_scale0_orientation3_scale2_orientation1_max".
         """
         check_is_fitted(self)
         return np.array(self._feature_names(), dtype=object)
+
+    def _recipes(self) -> list[str]:
+        """Return all that decides the features beside the image."""
+        filters = [self.scales, self.orientations, self.image_size]
+        return [json.dumps({"scattering": filters, "numerics": numerics(as_device(self.device))}, default=str)]
+
+    def _computed(self, images: Images, blocks: list[int]) -> Iterator[np.ndarray]:
+        """Yield the features of the images batch by batch."""
+        device = as_device(self.device)
+        border = 2**self.scales
+        cascade = wavelet_cascade(self.image_size + 2 * border, self.scales, self.orientations).to(device)
+        for batch in image_batches(
+            images,
+            partial(_grey_levels, size=self.image_size),
+            self.batch_size,
+            verbose=bool(self.verbose),
+            description="scattering",
+        ):
+            with torch.inference_mode():
+                framed = pad(batch.to(device)[:, None], (border,) * 4, mode="reflect")[:, 0]
+                coefficients = scattering_coefficients(framed, cascade, border)
+                rows = torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
+            yield rows.cpu().numpy()
 
     def _feature_names(self) -> list[str]:
         waves = [[f"scale{j}_orientation{k}" for k in range(self.orientations)] for j in range(self.scales)]
@@ -422,9 +442,7 @@ def scattering_coefficients(images: Tensor, cascade: Cascade, border: int) -> Te
         first.append(_statistics(_inside(maps, margin)))
         if coarser:
             spectra = torch.fft.fft2(maps, norm="forward")
-            paths = [
-                _statistics(_modulus(_inside(_filtered(spectra, wavelet), margin))) for wavelet in coarser
-            ]
+            paths = [_statistics(_modulus(_inside(_filtered(spectra, wavelet), margin))) for wavelet in coarser]
             second.append(torch.stack(paths, dim=2).flatten(1, 2))
     return torch.cat(first + second, dim=1)
 

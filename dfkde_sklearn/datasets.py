@@ -493,9 +493,7 @@ def _turned(right: Field, down: Field, angle: float) -> tuple[Field, Field]:
     return np.cos(angle) * right + np.sin(angle) * down, np.cos(angle) * down - np.sin(angle) * right
 
 
-def _noise(
-    rng: RandomState, size: int, along: float, across: float | None = None, angle: float = 0.0
-) -> Field:
+def _noise(rng: RandomState, size: int, along: float, across: float | None = None, angle: float = 0.0) -> Field:
     """Return Gaussian noise of unit variance, smooth over `along` units one way and `across` the other."""
     frequency = np.fft.fftfreq(size, d=_SIDE / size)
     down, right = np.meshgrid(frequency, frequency, indexing="ij")
@@ -557,9 +555,7 @@ def _twill(rng: RandomState, size: int) -> _Surface:
 
 
 def _mesh(rng: RandomState, size: int) -> _Surface:
-    return _woven(
-        rng, size, 9.0, lambda warp, weft: (warp + weft) % 2 == 0, (0.8, 0.75), width=0.4, ground=0.12
-    )
+    return _woven(rng, size, 9.0, lambda warp, weft: (warp + weft) % 2 == 0, (0.8, 0.75), width=0.4, ground=0.12)
 
 
 def _knit(rng: RandomState, size: int) -> _Surface:

@@ -129,25 +129,19 @@ def test_empty_test_folder_is_named(tmp_path):
 def test_mask_without_its_image_is_named(root, name):
     picture(root / "ground_truth" / name)
     folder = name.split("/")[0]
-    with pytest.raises(
-        ValueError, match=rf"{name}' belongs to no image: test/{folder} has none called '007'"
-    ):
+    with pytest.raises(ValueError, match=rf"{name}' belongs to no image: test/{folder} has none called '007'"):
         load_mvtec_folder(root)
 
 
 def test_two_images_of_one_name_make_their_mask_ambiguous(root):
     picture(root / "test/crack/000.png")
-    with pytest.raises(
-        ValueError, match=r"000.png' may belong to each of '.*crack/000.jpg', '.*crack/000.png'"
-    ):
+    with pytest.raises(ValueError, match=r"000.png' may belong to each of '.*crack/000.jpg', '.*crack/000.png'"):
         load_mvtec_folder(root)
 
 
 def test_image_called_mask_makes_a_mask_ambiguous(root):
     picture(root / "test/bent/001_mask.png")
-    with pytest.raises(
-        ValueError, match=r"001_mask.png' may belong to each of '.*/001.png', '.*/001_mask.png'"
-    ):
+    with pytest.raises(ValueError, match=r"001_mask.png' may belong to each of '.*/001.png', '.*/001_mask.png'"):
         load_mvtec_folder(root)
 
 
@@ -160,9 +154,7 @@ def test_two_masks_of_one_image_are_named(root):
 # Masks
 
 
-@pytest.mark.parametrize(
-    ("mode", "value"), [("L", 255), ("L", 1), ("1", 1), ("RGB", (255, 0, 0)), ("I;16", 65535)]
-)
+@pytest.mark.parametrize(("mode", "value"), [("L", 255), ("L", 1), ("1", 1), ("RGB", (255, 0, 0)), ("I;16", 65535)])
 def test_mask_of_any_mode_is_true_where_it_is_bright(tmp_path, mode, value):
     image = Image.new(mode, (5, 4), 0)
     image.putpixel((3, 1), value)
@@ -189,9 +181,7 @@ def test_black_mask_is_true_nowhere(tmp_path):
 
 
 def test_transparent_mask_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"mask.png' has transparency \(mode 'RGBA'\).*Save it as a grey image"
-    ):
+    with pytest.raises(ValueError, match=r"mask.png' has transparency \(mode 'RGBA'\).*Save it as a grey image"):
         read_mask(picture(tmp_path / "mask.png", mode="RGBA"))
 
 
@@ -294,9 +284,7 @@ def test_every_anomalous_image_has_a_mask_at_each_size(material, image_size):
 @pytest.mark.parametrize("share", [0, 0.1, 0.29, 1 / 3, 0.5, 1])
 @pytest.mark.parametrize("n_test", [1, 7, 100])
 def test_anomaly_fraction_is_kept(share, n_test):
-    y = make_textures(
-        1, n_test, material="metal", anomaly_fraction=share, image_size=32, random_state=0
-    ).y_test
+    y = make_textures(1, n_test, material="metal", anomaly_fraction=share, image_size=32, random_state=0).y_test
     assert abs(y.sum() - share * n_test) <= 0.5
 
 
@@ -414,9 +402,7 @@ def test_written_masks_are_black_and_white(tmp_path):
 
 def test_names_sort_in_the_order_of_the_images(tmp_path):
     X = np.arange(1002, dtype=np.uint16).astype(np.uint8)[:, None, None] * np.ones((1, 2, 2), dtype=np.uint8)
-    data = Bunch(
-        X_train=X, X_test=X[:1], defects_test=np.array(["good"]), masks_test=np.zeros((1, 2, 2), bool)
-    )
+    data = Bunch(X_train=X, X_test=X[:1], defects_test=np.array(["good"]), masks_test=np.zeros((1, 2, 2), bool))
     paths = load_mvtec_folder(write_mvtec_folder(data, tmp_path)).X_train
     assert [Path(paths[i]).name for i in (0, 1001)] == ["0000.png", "1001.png"]
     assert [np.asarray(Image.open(path))[0, 0] for path in paths[-3:]] == X[-3:, 0, 0].tolist()

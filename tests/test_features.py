@@ -409,9 +409,7 @@ def test_non_finite_features_are_an_error_that_names_the_image(images):
         tiny(network, batch_size=2).fit_transform(X)
 
 
-@pytest.mark.skipif(
-    not REAL_WEIGHTS.exists(), reason="needs the MobileNetV2 weights, which are no part of the package"
-)
+@pytest.mark.skipif(not REAL_WEIGHTS.exists(), reason="needs the MobileNetV2 weights, which are no part of the package")
 def test_module_of_timm_with_local_weights_needs_no_further_argument(images):
     overlay = {"file": str(REAL_WEIGHTS), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     network = timm.create_model(
@@ -523,9 +521,7 @@ def test_weights_that_do_not_fit_are_an_error_that_lists_the_keys(change, messag
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     change(state)
     file = saved(tmp_path / "other.pth", dict(state))
-    with pytest.raises(
-        ValueError, match=rf"other\.pth' do not fit backbone 'test_resnet\.r160_in1k': {message}"
-    ):
+    with pytest.raises(ValueError, match=rf"other\.pth' do not fit backbone 'test_resnet\.r160_in1k': {message}"):
         tiny(weights=file).fit(images)
 
 
@@ -648,9 +644,7 @@ def test_unpickled_features_load_their_backbone_again(store, images, tmp_path):
 def test_unpickled_features_refuse_other_weights(images):
     features = tiny().fit(images)
     features.seed_ += 1
-    with pytest.raises(
-        ValueError, match=r"'test_resnet.r160_in1k' are not those of fit: SHA-256 \w{12}\.\.\."
-    ):
+    with pytest.raises(ValueError, match=r"'test_resnet.r160_in1k' are not those of fit: SHA-256 \w{12}\.\.\."):
         features.transform(images)
 
 

@@ -167,9 +167,7 @@ def test_float_tiff_in_0_to_1_is_scaled(rng, tmp_path):
 def test_float_tiff_outside_of_0_to_1_is_an_error_that_names_file_and_range(tmp_path):
     path = tmp_path / "float.tif"
     Image.fromarray(np.linspace(0, 255, 12, dtype=np.float32).reshape(3, 4)).save(path)
-    with pytest.raises(
-        ValueError, match=r"float\.tif: floating-point values from 0 to 255\. Allowed: \[0, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"float\.tif: floating-point values from 0 to 255\. Allowed: \[0, 1\]"):
         as_images([path])[0]
 
 
@@ -210,9 +208,7 @@ def test_other_colour_spaces_are_converted_as_pil_does(rng, mode, tmp_path):
     np.testing.assert_array_equal(pixels([image])[0], np.array(image.convert("RGB")))
     if mode == "CMYK":
         image.save(tmp_path / "print.jpg")
-        np.testing.assert_array_equal(
-            pixels(tmp_path)[0], np.array(Image.open(tmp_path / "print.jpg").convert("RGB"))
-        )
+        np.testing.assert_array_equal(pixels(tmp_path)[0], np.array(Image.open(tmp_path / "print.jpg").convert("RGB")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -446,9 +442,7 @@ def test_failing_transform_names_the_image(colour):
     def refuse(picture):
         raise RuntimeError("no")
 
-    with pytest.raises(
-        ValueError, match=r"images\[0\]: the image of 17 x 12 pixels cannot be transformed: no"
-    ):
+    with pytest.raises(ValueError, match=r"images\[0\]: the image of 17 x 12 pixels cannot be transformed: no"):
         next(image_batches(as_images(colour), refuse, 2))
 
 

@@ -101,9 +101,7 @@ def slow_coefficients(images, scales, orientations, border):
     [(4, 8, 96, 1), (3, 4, 56, 4), (3, 5, 64, 3), (2, 3, 20, 6), (1, 1, 8, 6)],
 )
 @pytest.mark.parametrize("framed", [False, True])
-def test_coarse_grids_agree_with_every_path_at_full_resolution(
-    rng, scales, orientations, size, n_images, framed
-):
+def test_coarse_grids_agree_with_every_path_at_full_resolution(rng, scales, orientations, size, n_images, framed):
     images, border = clouds(rng, n_images, size), 2**scales if framed else 0
     fast = coefficients(images, scales, orientations, border)
     slow = slow_coefficients(images, scales, orientations, border)
@@ -288,9 +286,7 @@ def test_colour_is_seen_as_luma(rng):
     features = ScatteringFeatures(scales=2, image_size=32).fit(channels)
     grey, as_rgb = features.transform([pattern, np.stack([pattern] * 3, -1)]).astype(float)
     np.testing.assert_array_equal(as_rgb, grey)
-    for weight, coloured in zip(
-        (0.299, 0.587, 0.114), features.transform(channels).astype(float), strict=True
-    ):
+    for weight, coloured in zip((0.299, 0.587, 0.114), features.transform(channels).astype(float), strict=True):
         np.testing.assert_allclose(np.expm1(coloured), weight * np.expm1(grey), rtol=1e-3)
 
 

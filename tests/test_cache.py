@@ -1,0 +1,701 @@
+"""The feature cache: each image goes through a network once, nothing stale is read, no damage changes a result."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV
+from torch import nn
+
+from dfkde_sklearn import (
+    AnomalyClassifier,
+    DFKDEDetector,
+    ScatteringFeatures,
+    TimmFeatures,
+    _cache,
+    _features,
+    _scattering,
+    cache_size,
+    clear_cache,
+)
+from dfkde_sklearn._cli import main
+
+N = 24
+GRID_LAYERS = [["first"], ["second"], ["first", "third"]]
+
+
+class Layer(nn.Conv2d):
+    """Counts its runs."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, 3)
+        self.n_runs = 0
+
+    def forward(self, x):
+        self.n_runs += 1
+        return super().forward(x)
+
+
+class Network(nn.Module):
+    """Three small layers; counts the images that it sees, and keeps how many at once."""
+
+    def __init__(self, seed=0, slope=0.1):
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, 16, 16), "crop_pct": 1.0}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.second, self.third = (Layer(n, n + 1) for n in (3, 4, 5))
+        self.slope = slope
+        self.n_seen = 0
+        self.batches = []
+
+    def forward(self, x):
+        self.n_seen += len(x)
+        self.batches.append(len(x))
+        for layer in (self.first, self.second, self.third):
+            x = nn.functional.leaky_relu(layer(x), self.slope)
+        return x
+
+
+class Steeper(Network):
+    def forward(self, x):
+        self.n_seen += len(x)
+        for layer in (self.first, self.second, self.third):
+            x = 2 * nn.functional.leaky_relu(layer(x), self.slope)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept_before():
+    clear_cache()
+    _features._known.clear()
+    yield
+    clear_cache()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (N, 20, 20, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def paths(images, tmp_path):
+    (tmp_path / "images").mkdir()
+    paths = [str(tmp_path / "images" / f"{i:02d}.png") for i in range(N)]
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+@pytest.fixture(params=["memory", "folder"])
+def cache(request, tmp_path):
+    return True if request.param == "memory" else tmp_path / "cache"
+
+
+def stage(network=None, layers=("first", "second", "third"), **parameters):
+    return TimmFeatures(network or Network(), **{"layers": list(layers), "device": "cpu", "batch_size": 8} | parameters)
+
+
+def n_computed(features, X, reference=True):
+    """Return how many images go through the network when X is described, and check what comes out."""
+    features = clone(features).fit(X)
+    before = features.backbone.n_seen
+    found = features.transform(X)
+    n = features.backbone.n_seen - before
+    if reference:
+        expected = clone(features).set_params(cache=None).fit(X).transform(X)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    return n
+
+
+@contextlib.contextmanager
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ---- every image once
+
+
+def test_a_second_pass_reads_everything_bit_for_bit(cache, paths):
+    features = stage(cache=cache).fit(paths)
+    first = features.transform(paths)
+    n_seen = features.backbone.n_seen
+    np.testing.assert_array_equal(features.transform(paths), first)
+    np.testing.assert_array_equal(
+        clone(features).set_params(batch_size=1).fit(paths).transform(paths[::-1]), first[::-1]
+    )
+    assert features.backbone.n_seen == n_seen
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 100])
+def test_without_a_cache_and_at_the_first_pass_the_features_are_the_same(cache, paths, batch_size):
+    plain = stage(batch_size=batch_size).fit_transform(paths)
+    np.testing.assert_array_equal(stage(batch_size=batch_size, cache=cache).fit_transform(paths), plain)
+
+
+def test_only_new_images_go_through_the_network(cache, paths):
+    features = stage(cache=cache)
+    assert n_computed(features, paths[:10]) == 10
+    assert n_computed(features, paths[5:20]) == 10
+    assert n_computed(features, paths) == 4
+
+
+def test_equal_images_go_through_the_network_once(cache, images):
+    X = np.concatenate([images[:3], images[:3], images[1:2]])
+    assert n_computed(stage(cache=cache), X) == 3
+
+
+def test_each_layer_is_kept_by_itself(cache, paths):
+    network = Network()
+    assert n_computed(stage(network, ["first", "third"], cache=cache), paths) == N
+    assert n_computed(stage(network, ["third", "first"], cache=cache), paths) == 0
+    assert n_computed(stage(network, ["third"], cache=cache), paths) == 0
+    assert n_computed(stage(network, ["first", "second"], cache=cache), paths) == N
+    assert n_computed(stage(network, ["second", "third", "first"], cache=cache), paths) == 0
+
+
+def test_a_missing_layer_is_computed_without_the_later_ones(cache, paths):
+    network = Network()
+    stage(network, ["third"], cache=cache).fit_transform(paths)
+    features = stage(network, ["first", "third"], cache=cache).fit(paths)
+    n_runs = network.first.n_runs, network.second.n_runs, network.third.n_runs
+    features.transform(paths)
+    assert (network.first.n_runs, network.second.n_runs, network.third.n_runs) == (n_runs[0] + N // 8, *n_runs[1:])
+
+
+def test_a_search_over_layers_sends_each_image_through_once(cache, paths):
+    y = np.arange(N) % 4 == 0
+    network = Network()
+    grid = {
+        "detector__features__layers": GRID_LAYERS,
+        "detector__n_components": [1, 2],
+    }
+
+    def search(cache):
+        detector = DFKDEDetector(stage(network, cache=cache))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*training rows cannot be scored")
+            classifier = AnomalyClassifier(detector)
+            return GridSearchCV(classifier, grid, scoring="roc_auc", cv=3, error_score="raise").fit(paths, y)
+
+    plain = search(None)
+    features = stage(network, cache=cache).fit(paths)
+    for layers in GRID_LAYERS:
+        clone(features).set_params(layers=layers).fit(paths)  # what the layers return is found out with blank images
+    before = network.n_seen
+    features.transform(paths)
+    cached = search(cache)
+    assert network.n_seen - before == N
+    again = search(cache)
+    assert network.n_seen - before == N
+    for found in (cached, again):
+        np.testing.assert_array_equal(found.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
+        assert found.best_params_ == plain.best_params_
+
+
+def test_without_filling_it_first_a_search_costs_one_pass_for_each_new_layer(paths):
+    network = Network()
+    detector = DFKDEDetector(stage(network, cache=True), n_components=2)
+    for layers in GRID_LAYERS:
+        stage(network, layers).fit(paths)
+    before = network.n_seen
+    GridSearchCV(detector, {"features__layers": GRID_LAYERS}, error_score="raise").fit(paths)
+    # "first", "second", and "third", for which "first" is there.
+    assert network.n_seen - before == 3 * N
+
+
+def test_halving_searches_read_it_too(paths):
+    network = Network()
+    features = stage(network, cache=True).fit(paths)
+    features.transform(paths)
+    before = network.n_seen
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        HalvingGridSearchCV(
+            DFKDEDetector(features), {"n_components": [1, 2, 3]}, min_resources=10, cv=2, error_score="raise"
+        ).fit(paths)
+    assert network.n_seen == before
+
+
+def test_processes_of_a_search_share_a_folder(paths, tmp_path):
+    features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=str(tmp_path / "cache"), device="cpu")
+    detector = DFKDEDetector(features, n_components=2)
+    grid = {"bandwidth": [0.3, 0.6]}
+    parallel = GridSearchCV(detector, grid, cv=2, n_jobs=2, error_score="raise").fit(paths)
+    assert cache_size(tmp_path / "cache").n_rows == N
+    alone = GridSearchCV(clone(detector).set_params(features__cache=None), grid, cv=2).fit(paths)
+    np.testing.assert_allclose(parallel.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"], rtol=1e-5)
+
+
+def test_scattering_features_are_read_bit_for_bit(cache, paths, monkeypatch):
+    features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=cache, device="cpu").fit(paths)
+    first = features.transform(paths)
+    np.testing.assert_array_equal(first, clone(features).set_params(cache=None).fit(paths).transform(paths))
+    monkeypatch.setattr(_scattering, "scattering_coefficients", None)
+    np.testing.assert_array_equal(features.transform(paths[::-1]), first[::-1])
+
+
+@pytest.mark.parametrize("parameters", [{"scales": 1}, {"orientations": 3}, {"image_size": 24}], ids=str)
+def test_scattering_with_other_parameters_misses(cache, paths, parameters):
+    features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=cache, device="cpu")
+    features.fit_transform(paths)
+    other = clone(features).set_params(**parameters)
+    np.testing.assert_array_equal(other.fit_transform(paths), clone(other).set_params(cache=None).fit_transform(paths))
+
+
+# ---- nothing stale
+
+
+def test_an_overwritten_file_misses_whatever_its_name_size_and_time(cache, paths, tmp_path):
+    raw = [tmp_path / f"{i}.bmp" for i in range(2)]
+    for path, value in zip(raw, (10, 200), strict=True):
+        Image.new("RGB", (20, 20), (value,) * 3).save(path)
+    features = stage(cache=cache).fit(raw)
+    first = features.transform(raw)
+    status = raw[0].stat()
+    raw[0].write_bytes(raw[1].read_bytes())
+    os.utime(raw[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    np.testing.assert_array_equal(features.transform(raw), first[[1, 1]])
+
+
+def test_a_moved_file_hits(cache, paths, tmp_path):
+    features = stage(cache=cache).fit(paths)
+    first = features.transform(paths)
+    n_seen = features.backbone.n_seen
+    moved = [Path(path).rename(tmp_path / f"moved_{i}.png") for i, path in enumerate(paths)]
+    np.testing.assert_array_equal(features.transform(moved), first)
+    assert features.backbone.n_seen == n_seen
+
+
+@pytest.mark.parametrize("form", [np.array, list, torch.tensor, lambda X: [Image.fromarray(x) for x in X]])
+def test_images_in_memory_are_found_by_their_pixels(cache, images, form):
+    features = stage(cache=cache).fit(images)
+    first = features.transform(images)
+    n_seen = features.backbone.n_seen
+    np.testing.assert_array_equal(features.transform(form(images)), first)
+    assert features.backbone.n_seen == n_seen
+    changed = images.copy()
+    changed[3, 19, 19, 2] ^= 1
+    features.transform(form(changed))
+    assert features.backbone.n_seen == n_seen + 1
+
+
+def _more_weight(network):
+    with torch.no_grad():
+        network.second.weight[0, 0, 0, 0] += 1e-3
+
+
+def _data_of_weight(network):
+    network.third.bias.data[0] += 1e-3  # torch's version counter does not see this
+
+
+def _another_slope(network):
+    network.slope = 0.3
+
+
+def _another_padding(network):
+    network.first.stride = (2, 2)
+
+
+def _a_hook(network):
+    network.first.register_forward_hook(lambda *call: call[2] * 2)
+
+
+def _another_forward(network):
+    network.forward = lambda x, forward=network.forward: forward(x + 0.5)
+
+
+def _another_class(network):
+    network.__class__ = Steeper
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_more_weight, _data_of_weight, _another_slope, _another_padding, _a_hook, _another_forward, _another_class],
+)
+def test_a_changed_network_misses(cache, paths, change):
+    network = Network()
+    assert n_computed(stage(network, cache=cache), paths) == N
+    change(network)
+    assert n_computed(stage(network, cache=cache), paths) == N
+
+
+def test_a_network_changed_after_fit_is_not_mistaken_for_what_it_was(cache, paths):
+    network = Network()
+    features = stage(network, cache=cache).fit(paths)
+    features.transform(paths)
+    _more_weight(network)
+    np.testing.assert_array_equal(
+        features.transform(paths), clone(features).set_params(cache=None).fit(paths).transform(paths)
+    )
+
+
+def test_a_copy_of_a_network_hits(cache, paths):
+    network = Network()
+    n_computed(stage(network, cache=cache), paths)
+    assert n_computed(stage(pickle.loads(pickle.dumps(network)), cache=cache), paths) == 0
+    assert n_computed(stage(Network(), cache=cache), paths) == 0
+
+
+def test_a_network_has_the_same_fingerprint_in_every_process():
+    call = (
+        "from dfkde_sklearn._features import _fingerprint; import torch; from torch import nn; torch.manual_seed(0);"
+        "print(_fingerprint(nn.Transformer(8, 2, 1, 1, 16, batch_first=True)), end='')"
+    )
+    # Strings, and with them sets, have other hashes in each process.
+    command = [sys.executable, "-c", call]
+    done = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert done.stdout.decode() == _features._fingerprint(nn.Transformer(8, 2, 1, 1, 16, batch_first=True))
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"pooling": "max"}, {"pooling": "gem"}, {"image_size": 12}, {"image_size": (16, 12)}], ids=str
+)
+def test_other_parameters_miss(cache, paths, parameters):
+    network = Network()
+    n_computed(stage(network, cache=cache), paths)
+    assert n_computed(stage(network, cache=cache, **parameters), paths) == N
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"mean": (0.1, 0.2, 0.3)},
+        {"std": (0.1, 0.2, 0.3)},
+        {"interpolation": "bilinear"},
+        {"crop_pct": 0.5},
+        {"crop_mode": "squash"},
+    ],
+    ids=str,
+)
+def test_other_preprocessing_misses(cache, paths, config):
+    network = Network()
+    n_computed(stage(network, cache=cache), paths)
+    network.pretrained_cfg |= config
+    assert n_computed(stage(network, cache=cache), paths) == N
+
+
+@pytest.mark.parametrize("name", ["torch.__version__", "PIL.__version__", "dfkde_sklearn.__version__"])
+def test_other_versions_miss(cache, paths, name, monkeypatch):
+    n_computed(stage(cache=cache), paths)
+    monkeypatch.setattr(name, "0.0.1")
+    assert n_computed(stage(cache=cache), paths) == N
+
+
+def test_other_arithmetic_misses(cache, paths):
+    n_computed(stage(cache=cache), paths)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert n_computed(stage(cache=cache), paths, reference=False) == N
+    assert n_computed(stage(cache=cache), paths) == 0
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_a_stale_entry(cache, paths):
+    network = Network()
+    features = stage(network, cache=cache).fit(paths)
+
+    def overwrite(*call):
+        Path(paths[3]).write_bytes(Path(paths[4]).read_bytes())
+
+    hook = network.third.register_forward_hook(overwrite)
+    with pytest.raises(ValueError, match=r"03\.png was written to while its features were computed"):
+        features.transform(paths)
+    hook.remove()
+    np.testing.assert_array_equal(features.transform(paths[3:4]), features.transform(paths[4:5]))
+
+
+# ---- nothing lost
+
+
+def test_a_broken_image_loses_only_its_batch(cache, paths):
+    network = Network()
+    Path(paths[20]).write_bytes(b"not an image")
+    features = stage(network, cache=cache).fit(paths)
+    with pytest.raises(ValueError, match=r"20\.png: the file is not an image"):
+        features.transform(paths)
+    Path(paths[20]).write_bytes(Path(paths[0]).read_bytes())
+    assert n_computed(stage(network, cache=cache), paths) == 7  # 16 were kept, and one is a copy
+
+
+def test_a_killed_process_leaves_what_it_had_done(paths, tmp_path, monkeypatch):
+    script = """
+import os, signal, sys
+from dfkde_sklearn import ScatteringFeatures, _scattering
+
+whole, n_batches = _scattering.scattering_coefficients, []
+
+def scattering_coefficients(*arguments):
+    n_batches.append(1)
+    if len(n_batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments)
+
+_scattering.scattering_coefficients = scattering_coefficients
+features = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=8, device="cpu", cache=sys.argv[1])
+features.fit_transform(sys.argv[2:])
+"""
+    folder = tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", script, str(folder), *paths], check=False)
+    assert done.returncode == -signal.SIGKILL
+    features = ScatteringFeatures(scales=2, orientations=2, image_size=16, device="cpu").fit(paths)
+    expected = features.transform(paths)
+    n_computed, whole = [], _scattering.scattering_coefficients
+
+    def counted(batch, *arguments):
+        n_computed.append(len(batch))
+        return whole(batch, *arguments)
+
+    monkeypatch.setattr(_scattering, "scattering_coefficients", counted)
+    with no_warning():
+        found = features.set_params(cache=folder).transform(paths)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert sum(n_computed) == N - 16
+
+
+def test_processes_write_at_the_same_time(paths, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_describe, args=(tmp_path / "cache", paths, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [queue.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert cache_size(tmp_path / "cache").n_rows == N
+    for features in found:
+        np.testing.assert_array_equal(features, found[0])
+
+
+def _describe(folder, paths, queue):
+    warnings.simplefilter("error")
+    features = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=2, cache=folder, device="cpu")
+    queue.put(features.fit_transform(paths))
+
+
+def test_threads_share_the_memory(paths):
+    network = Network()
+    features = stage(network, cache=True).fit(paths)
+    expected = stage(network).fit_transform(paths)
+    found = {}
+
+    def describe(i):
+        found[i] = features.transform(paths)
+
+    threads = [threading.Thread(target=describe, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        np.testing.assert_array_equal(found[i], expected)
+
+
+def damage(file, how):
+    content = bytearray(file.read_bytes())
+    if how == "not a database":
+        content[:100] = b"x" * 100
+    elif how == "cut":
+        del content[len(content) // 2 :]
+    elif how == "empty":
+        content.clear()
+    elif how == "pages":
+        content[4096:] = b"\xa5" * (len(content) - 4096)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["not a database", "cut", "pages"])
+def test_a_damaged_file_is_reported_and_replaced(how, paths, tmp_path):
+    features = stage(cache=tmp_path).fit(paths)
+    first = features.transform(paths)
+    damage(tmp_path / _cache.FILE_NAME, how)
+    with pytest.warns(UserWarning, match=r"damaged .*Its file is now .*damaged-\d+, which may be deleted"):
+        found = features.transform(paths)
+    np.testing.assert_array_equal(found, first)
+    n_seen = features.backbone.n_seen
+    with no_warning():
+        features.transform(paths)  # fills the new file, where the damage showed only after it was opened
+        n_seen = features.backbone.n_seen
+        np.testing.assert_array_equal(features.transform(paths), first)
+    assert features.backbone.n_seen == n_seen
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 1
+
+
+def test_an_emptied_file_is_filled_again(paths, tmp_path):
+    features = stage(cache=tmp_path).fit(paths)
+    first = features.transform(paths)
+    damage(tmp_path / _cache.FILE_NAME, "empty")
+    with no_warning():
+        np.testing.assert_array_equal(features.transform(paths), first)
+    assert cache_size(tmp_path).n_rows == 3 * N
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE features SET row = zeroblob(length(row)) WHERE rowid = 5",
+        "UPDATE features SET row = substr(row, 1, length(row) - 4) WHERE rowid = 5",
+        "UPDATE features SET row = 'text' WHERE rowid = 5",
+        "UPDATE features SET row = (SELECT row FROM features WHERE rowid = 8) WHERE rowid = 5",
+    ],
+)
+def test_a_damaged_row_is_reported_and_computed_again(statement, paths, tmp_path):
+    features = stage(cache=tmp_path).fit(paths)
+    first = features.transform(paths)
+    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+        connection.execute(statement)
+        connection.commit()
+    n_seen = features.backbone.n_seen
+    with pytest.warns(UserWarning, match="1 of 72 entries asked for are damaged"):
+        np.testing.assert_allclose(features.transform(paths), first, rtol=1e-6)
+    assert features.backbone.n_seen == n_seen + 1
+    with no_warning():
+        features.transform(paths)
+    assert features.backbone.n_seen == n_seen + 1
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_result(images, tmp_path):
+    features = stage(cache=tmp_path, batch_size=4).fit(images)
+    expected = clone(features).set_params(cache=None).fit(images).transform(images)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.warns(UserWarning, match="cannot be used .* computed and not kept") as caught:
+            found = features.transform(images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    np.testing.assert_array_equal(found, expected)
+    assert len(caught) == 1
+    with no_warning():
+        np.testing.assert_array_equal(features.transform(images), expected)
+
+
+def test_a_locked_file_is_waited_for_only_so_long(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(_cache, "PATIENCE", 0.05)
+    features = stage(cache=tmp_path).fit(images)
+    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.warns(UserWarning, match=r"cannot be used \(database is locked\)"):
+            found = features.transform(images)
+    np.testing.assert_array_equal(found, clone(features).set_params(cache=None).fit(images).transform(images))
+
+
+# ---- what cannot be a cache
+
+
+def test_a_file_of_another_program_is_left_alone(images, tmp_path):
+    file = tmp_path / _cache.FILE_NAME
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE letters (text)")
+    content = file.read_bytes()
+    for call in (lambda: stage(cache=tmp_path).fit(images), lambda: clear_cache(tmp_path)):
+        with pytest.raises(ValueError, match=r"is an SQLite file of another program\. Give another folder"):
+            call()
+    assert file.read_bytes() == content
+
+
+def test_a_cache_of_a_newer_version_is_refused_and_left_alone(images, tmp_path):
+    features = stage(cache=tmp_path).fit(images)
+    features.transform(images)
+    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+        connection.execute("PRAGMA user_version = 7")
+    for call in (features.fit, features.transform, lambda _: clear_cache(tmp_path)):
+        with pytest.raises(ValueError, match=r"newer version \(its format is 7.*Update dfkde-sklearn"):
+            call(images)
+    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+        assert connection.execute("SELECT count(*) FROM features").fetchone() == (3 * N,)
+
+
+def test_a_file_is_no_folder(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"cache='.*file' is a file. Give a folder"):
+        stage(cache=tmp_path / "file").fit(images)
+    with pytest.raises(OSError, match=r"cache='.*below': the folder cannot be made"):
+        stage(cache=tmp_path / "file" / "below").fit(images)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_computed(images, tmp_path, monkeypatch):
+    # Permissions stop no administrator, so the question itself is answered.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    network = Network()
+    with pytest.raises(PermissionError, match=r"cannot be written to. Give another folder, or cache=True"):
+        stage(network, cache=tmp_path).fit(images)
+    assert network.n_seen == 0
+
+
+@pytest.mark.parametrize("cache", [3, 1.5, ["folder"]])
+def test_other_values_are_refused(cache, images):
+    with pytest.raises(ValueError, match="The 'cache' parameter of TimmFeatures must be"):
+        stage(cache=cache).fit(images)
+
+
+# ---- how much there is
+
+
+def test_size_is_counted_and_cleared(cache, images):
+    stage(cache=cache).fit_transform(images)
+    size = cache_size(cache)
+    assert size.n_rows == 3 * N
+    assert size.n_bytes > 4 * (4 + 5 + 6) * N
+    clear_cache(cache)
+    assert cache_size(cache).n_rows == 0
+    assert cache_size(cache).n_bytes < size.n_bytes
+    assert n_computed(stage(cache=cache), images) == N
+
+
+def test_memory_is_bounded_and_keeps_what_was_read_last(images, monkeypatch):
+    one_row = 4 * 4 + _cache.ENTRY_BYTES
+    monkeypatch.setattr(_cache, "MEMORY_BYTES", 10 * one_row)
+    features = stage(layers=["first"], cache=True)
+    assert n_computed(features, images[:10]) == 10
+    assert n_computed(features, images[:5]) == 0
+    assert n_computed(features, images[10:15]) == 5  # 5 to 9 make room
+    assert cache_size() == (10, 10 * one_row)
+    assert n_computed(features, images[:5]) == 0
+    assert n_computed(features, images[5:10]) == 5
+    assert n_computed(features, images) > 0  # more than there is room for
+    assert cache_size().n_bytes <= 10 * one_row
+
+
+def test_there_is_nothing_to_count_where_there_is_no_cache(tmp_path):
+    for call in (cache_size, clear_cache):
+        with pytest.raises(FileNotFoundError, match=r"there is no features\.sqlite3 in this folder"):
+            call(tmp_path)
+        with pytest.raises(ValueError, match="cache=None is none"):
+            call(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_false_and_none_keep_nothing(images):
+    for cache in (False, None):
+        stage(cache=cache).fit_transform(images)
+    assert cache_size().n_rows == 0
+
+
+def test_the_command_tells_the_size_and_empties_it(images, tmp_path, capsys):
+    stage(cache=tmp_path).fit_transform(images)
+    assert main(["cache", "size", str(tmp_path)]) == 0
+    size = cache_size(tmp_path)
+    assert f"Entries                 {3 * N}, one for each image and layer" in capsys.readouterr().out
+    assert main(["cache", "clear", str(tmp_path)]) == 0
+    assert "Entries                 0, one" in capsys.readouterr().out
+    assert cache_size(tmp_path).n_bytes < size.n_bytes
+    assert main(["cache", "size", str(tmp_path / "nowhere")]) == 2
+    assert "error: cache=" in capsys.readouterr().err

@@ -1,0 +1,18 @@
+"""The documentation is complete; that its examples run is for doctest and Sphinx to say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import dfkde_sklearn
+from dfkde_sklearn import datasets
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "api" / "index.rst"
+
+
+@pytest.mark.parametrize("module", [dfkde_sklearn, datasets], ids=lambda module: module.__name__)
+def test_every_public_name_has_a_page_in_the_api_reference(module):
+    sections = re.split(r"^\.\. currentmodule:: (.*)\n", REFERENCE.read_text(), flags=re.MULTILINE)[1:]
+    section = dict(zip(sections[::2], sections[1::2], strict=True))[module.__name__]
+    assert set(re.findall(r"^   (\w+)$", section, re.MULTILINE)) == set(module.__all__) - {"datasets"}
