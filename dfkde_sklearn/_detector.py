@@ -546,16 +546,17 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         quantile = float(np.quantile(scores, share, method="median_unbiased"))
         if self.contamination == "auto":
             return quantile
-        # Above the rows that are to be flagged and not above the others, as this fit scores them; by more than the
+        # Above the rows that are to be flagged and below the others, as this fit scores them; by more than the
         # rounding of a score, which may differ between batches.
         n_anomalous = round(self.contamination * len(scores))
         fitted_scores = np.sort(self._fitted(rows.dtype).log_density(rows, _working_memory()).double().cpu().numpy())
         first_normal = float(fitted_scores[n_anomalous])
-        if n_anomalous == 0:
-            return min(quantile, first_normal)
-        last = float(fitted_scores[n_anomalous - 1])
-        rounding = 64 * float(np.finfo(self.loo_scores_.dtype).eps) * max(1.0, abs(last))
-        return min(max(quantile, last + min(rounding, (first_normal - last) / 2)), first_normal)
+        last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)
+        rounding = 16 * float(np.finfo(self.loo_scores_.dtype).eps) * max(1.0, abs(last), abs(first_normal))
+        if first_normal - last <= rounding:
+            return first_normal - rounding  # a tie: rows of one score are of one kind
+        margin = min(256 * rounding, (first_normal - last) / 2)
+        return min(max(quantile, last + margin), first_normal - margin)
 
     def _keep(self, fitted: FeatureDensity) -> None:
         """Set the fitted attributes, as NumPy arrays and plain numbers in the units of the features."""
