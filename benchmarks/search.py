@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -103,7 +104,7 @@ def parsed_options() -> argparse.Namespace:
         parser.add_argument(
             option, type=Path, default=default, required=not default, help=f"{text} (or the variable {variable})"
         )
-    parser.add_argument("--images", type=int, default=60, help=f"how many tiles, at most {ALL} (%(default)s)")
+    parser.add_argument("--images", type=int, default=40, help=f"how many tiles, at most {ALL} (%(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} tiles, and no claims on times")
     return parser.parse_args()
 
@@ -131,7 +132,9 @@ def compared(X: list[str], y: Labels, weights: Path, folder: Path, *, quick: boo
     def timed(call: Callable[[], Any]) -> Run:
         n_before, start = counter.total(), time.perf_counter()
         scores = call()
-        return Run(counter.total() - n_before, time.perf_counter() - start, scores)
+        run = Run(counter.total() - n_before, time.perf_counter() - start, scores)
+        print(f"{run.n_images} images, {run.seconds:.1f} s", file=sys.stderr, flush=True)
+        return run
 
     def filled_search(cache: bool | str, n_jobs: int | None = None) -> NDArray[np.float64]:
         TimmFeatures(network, layers=LAYERS, cache=cache).fit_transform(X)

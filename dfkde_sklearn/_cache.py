@@ -15,8 +15,8 @@ import time
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -34,7 +34,7 @@ Cache = bool | str | os.PathLike[str] | None
 Row = NDArray[np.float32]
 Rows = Mapping[bytes, Row]
 # What is computed: for some images and the positions of some blocks, batches of rows in the order of the images.
-Compute = Callable[[Images, list[int]], Iterator[NDArray[np.float32]]]
+Compute = Callable[[Images, list[int]], Generator[NDArray[np.float32], None, None]]
 
 # The most that ``cache=True`` holds in memory, for all stages of a process; what was not read for longest goes first.
 MEMORY_BYTES = 2**30
@@ -189,11 +189,13 @@ def feature_matrix(
     """
     edges = np.cumsum([0, *widths])
     features = np.empty((len(images), edges[-1]), np.float32)
+    # Closed at once, not when an error's traceback goes: a borrowed network waits to be given back.
     if not _is_used(cache):
         start = 0
-        for batch in compute(images, list(range(len(widths)))):
-            features[start : start + len(batch)] = batch
-            start += len(batch)
+        with closing(compute(images, list(range(len(widths))))) as batches:
+            for batch in batches:
+                features[start : start + len(batch)] = batch
+                start += len(batch)
         return features
     columns = [slice(*pair) for pair in pairwise(edges)]
     recipe_digests = [hashlib.sha256(recipe.encode()).digest() for recipe in recipes()]
@@ -203,40 +205,44 @@ def feature_matrix(
         return hashlib.sha256(recipe_digests[block] + digests[i]).digest()
 
     with _opened(cache) as store:
+        # Equal images together, those that lack a block.
         incomplete: dict[bytes, list[int]] = {}
         lacking: set[int] = set()
         for start in range(0, len(images), CHUNK):
             chunk = range(start, min(start + CHUNK, len(images)))
             keys = {(i, block): key(i, block) for i in chunk for block in range(len(widths))}
             found = store.get(set(keys.values()))
-            for i in chunk:
-                absent = {block for block in range(len(widths)) if keys[i, block] not in found}
-                for block in range(len(widths)):
-                    if block not in absent:
-                        features[i, columns[block]] = found[keys[i, block]]
-                if absent:
-                    incomplete.setdefault(digests[i], []).append(i)
-                    lacking |= absent
+            for (i, block), key_of_block in keys.items():
+                if key_of_block in found:
+                    features[i, columns[block]] = found[key_of_block]
+                else:
+                    lacking.add(block)
+                    equals = incomplete.setdefault(digests[i], [])
+                    if i not in equals[-1:]:
+                        equals.append(i)
         if not incomplete:
             return features
-        chosen, blocks = [indices[0] for indices in incomplete.values()], sorted(lacking)
+        chosen, blocks = [equals[0] for equals in incomplete.values()], sorted(lacking)
         inner = np.cumsum([widths[block] for block in blocks])[:-1]
-        n_done = 0
-        for batch in compute(_Chosen(images, chosen), blocks):
-            computed: dict[bytes, Row] = {}
-            for i, row in zip(chosen[n_done:], batch, strict=False):
-                if images.digest(i) != digests[i]:
-                    raise ValueError(
-                        f"{images.name(i)} was written to while its features were computed. Run it again: the images "
-                        "before it are in the cache."
-                    )
-                computed.update((key(i, b), part) for b, part in zip(blocks, np.split(row, inner), strict=True))
-            # Not what was computed: another process may have been first, in another batch, rounded differently.
-            kept = {**computed, **store.put(computed)}
-            for i in chosen[n_done : n_done + len(batch)]:
-                for block in blocks:
-                    features[np.ix_(incomplete[digests[i]], range(*edges[block : block + 2]))] = kept[key(i, block)]
-            n_done += len(batch)
+        start = 0
+        with closing(compute(_Chosen(images, chosen), blocks)) as batches:
+            for batch in batches:
+                in_batch = chosen[start : start + len(batch)]
+                computed: dict[bytes, Row] = {}
+                for i, row in zip(in_batch, batch, strict=True):
+                    if images.digest(i) != digests[i]:
+                        raise ValueError(
+                            f"{images.name(i)} was written to while its features were computed. Run it again: the "
+                            "batches before it are in the cache."
+                        )
+                    parts = np.split(row, inner)
+                    computed.update((key(i, block), part) for block, part in zip(blocks, parts, strict=True))
+                # Not what was computed: another process may have been first, in another batch, rounded differently.
+                kept = computed | dict(store.put(computed))
+                for i in in_batch:
+                    for block in blocks:
+                        features[incomplete[digests[i]], columns[block]] = kept[key(i, block)]
+                start += len(batch)
     return features
 
 

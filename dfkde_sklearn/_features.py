@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from numbers import Integral
@@ -375,7 +375,9 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
                 )
             yield network
 
-    def _computed(self, preprocess: Callable[[Any], Tensor], images: Images, blocks: list[int]) -> Iterator[np.ndarray]:
+    def _computed(
+        self, preprocess: Callable[[Any], Tensor], images: Images, blocks: list[int]
+    ) -> Generator[np.ndarray, None, None]:
         """Yield the features of the images, of the layers at these positions, batch by batch."""
         start = 0
         batches = image_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import lru_cache, partial
 from numbers import Integral
 from typing import Any, NamedTuple, Self
@@ -222,7 +222,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         filters = [self.scales, self.orientations, self.image_size]
         return [json.dumps({"scattering": filters, "numerics": numerics(as_device(self.device))}, default=str)]
 
-    def _computed(self, images: Images, blocks: list[int]) -> Iterator[np.ndarray]:
+    def _computed(self, images: Images, blocks: list[int]) -> Generator[np.ndarray, None, None]:
         """Yield the features of the images batch by batch."""
         device = as_device(self.device)
         border = 2**self.scales

@@ -1,7 +1,6 @@
 """The feature cache: each image goes through a network once, nothing stale is read, no damage changes a result."""
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import resource
@@ -416,8 +415,10 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_a_stale_entry(
         Path(paths[3]).write_bytes(Path(paths[4]).read_bytes())
 
     hook = network.third.register_forward_hook(overwrite)
-    with pytest.raises(ValueError, match=r"03\.png was written to while its features were computed"):
+    with pytest.raises(ValueError, match=r"03\.png was written to while its features were computed") as error:
         features.transform(paths)
+    assert error.value.__traceback__
+    assert network.training  # given back at once, not with the traceback
     hook.remove()
     np.testing.assert_array_equal(features.transform(paths[3:4]), features.transform(paths[4:5]))
 
@@ -471,23 +472,23 @@ features.fit_transform(sys.argv[2:])
 
 
 def test_processes_write_at_the_same_time(paths, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_describe, args=(tmp_path / "cache", paths, queue)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    found = [queue.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
+    script = """
+import sys, warnings
+import numpy as np
+from dfkde_sklearn import ScatteringFeatures
+warnings.simplefilter("error")
+_, result, folder, *paths = sys.argv
+stage = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=2, cache=folder, device="cpu")
+np.save(result, stage.fit_transform(paths))
+"""
+    results = [tmp_path / f"{i}.npy" for i in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", script, str(result), str(tmp_path / "cache"), *paths])
+        for result in results
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     assert cache_size(tmp_path / "cache").n_rows == N
-    for features in found:
-        np.testing.assert_array_equal(features, found[0])
-
-
-def _describe(folder, paths, queue):
-    warnings.simplefilter("error")
-    features = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=2, cache=folder, device="cpu")
-    queue.put(features.fit_transform(paths))
+    np.testing.assert_array_equal(np.load(results[0]), np.load(results[1]))
 
 
 def test_threads_share_the_memory(paths):
