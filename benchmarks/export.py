@@ -1,0 +1,80 @@
+"""What an exported detector costs: sizes, time to export, time an image; the table of docs/guide/deployment.rst.
+
+    python benchmarks/export.py
+
+Needs the extra `onnx` and onnxruntime. The weights are random: they decide no size and no time.
+"""
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+
+from dfkde_sklearn import DFKDEDetector, TimmFeatures
+
+
+def seconds(call, repeats=1):
+    """Return the least time of some calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def row(name, path=None, export=None, image=None):
+    size = "" if path is None else f"{path.stat().st_size / 2**10:.0f} KiB"
+    cells = [name, size, "" if export is None else f"{export:.1f} s", "" if image is None else f"{image * 1e3:.2f} ms"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options)
+
+
+def main():
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 240, 320, 3), dtype=np.uint8)
+    stage = TimmFeatures("resnet18", pretrained=False, random_state=0, device="cpu")
+    detector = DFKDEDetector(stage, device="cpu").fit(images)
+    print("One core, batches of 1, the least of five.\n")
+    print("| file | size | time to export | time an image |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "detector.onnx"
+        for shape in (None, (240, 320), (1080, 1920)):
+            export = seconds(partial(detector.to_onnx, path, image_shape=shape))
+            one = detector.to_torch().read_images(images[:1]).numpy() if shape is None else None
+            one = rng.integers(0, 256, (1, *shape, 3), dtype=np.uint8) if one is None else one
+            row(
+                f"`to_onnx`, image_shape={shape}",
+                path,
+                export,
+                seconds(partial(session(path).run, None, {"images": one}), 5),
+            )
+            path.unlink()
+        pt2 = Path(folder) / "detector.pt2"
+        row("`to_pt2`", pt2, seconds(partial(detector.to_pt2, pt2)))
+        model = detector.to_torch()
+        one = model.read_images(images[:1])
+        with torch.inference_mode():
+            row("`to_torch()`, called", image=seconds(lambda: model(one), 5))
+        features = rng.normal(size=(1000, 512)).astype(np.float32)
+        matrix = DFKDEDetector(device="cpu").fit(features)
+        export = seconds(lambda: matrix.to_onnx(path))
+        ready = session(path)
+        row("`to_onnx` of 512 features", path, export, seconds(lambda: ready.run(None, {"features": features[:1]}), 5))
+        saved = Path(folder) / "detector.safetensors"
+        export = seconds(lambda: matrix.save(saved))
+        row("`save` of 512 features", saved, export)
+
+
+if __name__ == "__main__":
+    main()
