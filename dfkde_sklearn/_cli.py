@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import joblib
 import numpy as np
@@ -27,23 +27,22 @@ from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn import DFKDEDetector, __version__, datasets
+from dfkde_sklearn._arguments import DEMO_PICTURE, N_WORST, RESIDUALS, parser
 from dfkde_sklearn._cache import cache_size, clear_cache
 from dfkde_sklearn._contact_sheet import Section, Tile, contact_sheet
 from dfkde_sklearn._features import TimmFeatures
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._scattering import ScatteringFeatures
 
-DEMO_PICTURE = "dfkde-demo.png"
 # Enough held-out good images for the rate of false alarms to mean something.
 N_DEMO_TRAIN, N_DEMO_GOOD, N_DEMO_DEFECTIVE = 200, 300, 100
-# Images on a contact sheet that shows the worst, and in a row of it.
-N_WORST, N_ROW = 12, 6
+# Images in a row of a contact sheet.
+N_ROW = 6
 # Training images that `fit` lists.
 N_LOWEST = 5
 # Columns of tables that hold words.
 WORDS = ("path", "defect", "verdict")
 STDOUT = Path("-")
-RESIDUALS: dict[str, Literal["gaussian", "box"] | None] = {"none": None, "gaussian": "gaussian", "box": "box"}
 
 # Exit codes. argparse ends with 2 as well where the arguments are wrong.
 DONE, NOT_ALL_NORMAL, FAILED, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
@@ -62,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         0 where the command did what it says, 2 where it could not; 1 from ``score --exit-code``.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    commands = {"demo": _demo, "fit": _fit, "score": _score, "cache": _cache}
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"dfkde {options.command}: warning: {message}", file=sys.stderr)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = print_warning
-            code: int = options.run(options)
+            code = commands[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, `head` say, has seen enough. What Python flushes at its end has to go somewhere.
@@ -352,7 +352,7 @@ def _worst_first(scored: _Scored) -> NDArray[np.int64]:
 
 
 def _feature_stage(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
-    names = ("layers", "weights", "image_size", "batch_size", "device")
+    names = ("layers", "weights", "image_size", "batch_size", "cache", "device")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["verbose"] = _shows_progress(options)
     if options.features != "scattering":
@@ -381,10 +381,11 @@ def _threshold(detector: DFKDEDetector) -> str:
 
 def _save(detector: DFKDEDetector, path: Path, force: bool) -> None:
     saved = copy.deepcopy(detector)
-    # Where it runs, and what it shows meanwhile, is for those to say who score with it.
-    saved.set_params(device=None, features__device=None, features__verbose=False)
-    stage: Any = saved.features_
-    stage.set_params(device=None, verbose=False)
+    # Where it runs, what it keeps and what it shows meanwhile is for those to say who score with it.
+    saved.set_params(device=None)
+    stages: list[Any] = [saved.features, saved.features_]
+    for stage in stages:
+        stage.set_params(device=None, cache=None, verbose=False)
     with _new_file(path, force) as temporary:
         joblib.dump({"dfkde_sklearn": __version__, "detector": saved}, temporary)
 
@@ -415,7 +416,7 @@ def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
     if stage is None:
         raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
     known = stage.get_params(deep=False)
-    given = {name: getattr(options, name) for name in ("weights", "batch_size", "device")}
+    given = {name: getattr(options, name) for name in ("weights", "batch_size", "cache", "device")}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() - known.keys():
         raise ValueError(
@@ -607,218 +608,3 @@ def _way_out(advice: str) -> Iterator[None]:
         if "weights" not in str(error):
             raise
         raise OSError(f"{error} {advice}") from error
-
-
-# The arguments
-
-
-def _number(text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-
-
-def _layers(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dfkde",
-        description="Find the images that do not look like good ones. It learns from good images alone: the density of "
-        "their deep features. Images where that density is low are called anomalous.",
-        epilog="Start with `dfkde demo`; `dfkde COMMAND --help` tells more of each command. Results go to standard "
-        "output, progress and errors to standard error. Exit code: 0 done, 2 an error; see `dfkde score --help` for 1.",
-    )
-    parser.add_argument("--version", action="version", version=f"dfkde-sklearn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_fit(commands)
-    _add_score(commands)
-    _add_cache(commands)
-    return parser
-
-
-def _add_demo(commands: Any) -> None:
-    command = commands.add_parser(
-        "demo",
-        help="show it on generated textures, with no network and no data",
-        description="Generate images of a material, learn from good ones, and find the defective ones among others. "
-        "Needs no network and no data, and takes less than a minute. Prints how well it did, and draws a picture.",
-    )
-    command.set_defaults(run=_demo)
-    command.add_argument(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help=f"where the picture goes: a name that ends in .png, or a folder for {DEMO_PICTURE}, which replaces an "
-        "earlier one there (default: the current folder)",
-    )
-    command.add_argument(
-        "--material",
-        choices=list(datasets._MATERIALS),
-        default="weave",
-        help="what the images show (default: %(default)s)",
-    )
-    command.add_argument("--seed", type=int, default=0, help="determines the images (default: %(default)s)")
-    command.add_argument(
-        "--images",
-        type=Path,
-        metavar="FOLDER",
-        help="also write the images to this new folder, in the MVTec layout, to try fit and score on",
-    )
-    _add_detector(command, residual="box")
-    _add_common(command)
-
-
-def _add_fit(commands: Any) -> None:
-    command = commands.add_parser(
-        "fit",
-        help="learn from a folder of good images",
-        description="Learn from good images, and save the detector. Prints the threshold, the rate of false alarms to "
-        "expect, and the training images that look least normal.",
-        epilog="The detector goes into a joblib file. Loading such a file runs code that is in it: load only files "
-        "that you made yourself.",
-    )
-    command.set_defaults(run=_fit)
-    command.add_argument(
-        "folder",
-        type=Path,
-        metavar="FOLDER",
-        help="good images, in it and below it; or a folder in the MVTec layout: then those in FOLDER/train/good, and "
-        "where there is a FOLDER/test, it tells how well the detector does on that",
-    )
-    command.add_argument(
-        "--model",
-        type=Path,
-        default=Path("dfkde-model.joblib"),
-        metavar="FILE",
-        help="where the detector goes (default: %(default)s)",
-    )
-    group = command.add_argument_group("how images are described")
-    group.add_argument(
-        "--features",
-        default=TimmFeatures().backbone,
-        metavar="NAME",
-        help="a backbone of timm, pretrained, whose weights are downloaded at the first use; or `scattering`: fixed "
-        "filters, which need no download and as a rule find less (default: %(default)s)",
-    )
-    group.add_argument(
-        "--weights", metavar="FILE", help="weights of the backbone, safetensors or a state dict, not downloaded"
-    )
-    group.add_argument(
-        "--layers",
-        type=_layers,
-        metavar="A,B,...",
-        help="layers of the backbone, each averaged over positions (default: its pooled embedding)",
-    )
-    group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width that images are resized to")
-    _add_stage_run(group)
-    group = _add_detector(command, residual="none")
-    group.add_argument(
-        "--contamination",
-        type=float,
-        metavar="SHARE",
-        help="this share of the training images is anomalous; the threshold is set by it and not by --target-fpr",
-    )
-    command.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="draws training images where there are more than 40000 (default: %(default)s)",
-    )
-    _add_common(command)
-
-
-def _add_score(commands: Any) -> None:
-    command = commands.add_parser(
-        "score",
-        help="tell which images are anomalous",
-        description="Score images with a detector that `dfkde fit` saved. Prints for each its score (natural log of a "
-        "density; higher is more normal), P(anomalous), the p-value (the share of good images that score as low) and "
-        "the verdict. Loading MODEL runs code that is in it: use only files that you made yourself.",
-        epilog="Exit code: 0 done; 2 an error, such as a broken image without --skip-broken. With --exit-code: 0 all "
-        "images are normal; 1 some are anomalous, or were skipped as broken; 2 an error.",
-    )
-    command.set_defaults(run=_score)
-    command.add_argument("model", type=Path, metavar="MODEL", help="the file from `dfkde fit`")
-    command.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, and folders of them")
-    command.add_argument(
-        "--sort",
-        choices=("score", "input"),
-        default="score",
-        help="the order of the table: the least normal image first, or as the images were given (default: %(default)s)",
-    )
-    command.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write the table to FILE; - prints it as CSV instead"
-    )
-    command.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
-    )
-    command.add_argument(
-        "--skip-broken",
-        action="store_true",
-        help="go on where an image cannot be read: it is named on standard error, and called broken in the table",
-    )
-    command.add_argument(
-        "--exit-code", action="store_true", help="end with 1 where not all images are normal; see below"
-    )
-    group = command.add_argument_group("how images are described")
-    group.add_argument("--weights", metavar="FILE", help="weights of the backbone, where they have moved since the fit")
-    _add_stage_run(group)
-    _add_common(command)
-
-
-def _add_cache(commands: Any) -> None:
-    command = commands.add_parser(
-        "cache",
-        help="tell the size of a feature cache, or empty it",
-        description="Tell how much is in a folder that feature stages use as cache=FOLDER in Python, or empty it. "
-        "Features that are no longer there are computed again where they are needed.",
-    )
-    command.set_defaults(run=_cache)
-    command.add_argument("action", choices=("size", "clear"), help="size: tell it; clear: empty it, then tell it")
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the cache")
-
-
-def _add_stage_run(group: Any) -> None:
-    group.add_argument(
-        "--batch-size", type=int, metavar="N", help="images described at once; does not change the result"
-    )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU that there is, else the CPU)")
-
-
-def _add_detector(command: argparse.ArgumentParser, residual: str) -> Any:
-    """Add the parameters of the detector and return the group in which the threshold is set one way or another."""
-    group = command.add_argument_group("the detector")
-    group.add_argument(
-        "--n-components",
-        type=_number,
-        default=16,
-        metavar="N",
-        help="principal components: at most N, or, between 0 and 1, the share of variance to keep "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--residual",
-        choices=tuple(RESIDUALS),
-        default=residual,
-        help="the term for what the components leave out; which is best depends on the images (default: %(default)s)",
-    )
-    threshold = group.add_mutually_exclusive_group()
-    threshold.add_argument(
-        "--target-fpr",
-        type=float,
-        default=0.05,
-        metavar="RATE",
-        help="the share of new good images that may be called anomalous (default: %(default)s)",
-    )
-    return threshold
-
-
-def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--force", action="store_true", help="overwrite files that exist; without it they are kept")
-    command.add_argument("--quiet", action="store_true", help="no progress on standard error")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,27 +26,16 @@ from dfkde_sklearn._reduction import (
     axis_signs,
     centred_rows,
     principal_axes,
-    span,
 )
 
 Scaling = Literal["scale", "norm"] | None
 Bandwidth = Literal["scott", "silverman", "loo"] | float
 Residual = Literal["gaussian", "box"] | None
 
-# Folds of the scores that thresholds are set from. Measured on features of photographs, 10 folds, 20, and one a row
-# hold the false-alarm rate equally well.
-N_FOLDS = 20
-# Folds are refitted on this many first axes of the whole: a fold hardly bends the first axes towards those beyond
-# them, and 512 columns hold every set of up to 512 rows or features exactly.
-FOLD_WIDTH = 512
-# Centring a scatter matrix by its mean costs the digits by which it shrinks: past this, it is summed anew.
-_CENTRING_LIMIT = 1e-4
-
 
 class Settings(NamedTuple):
     """What a fit is asked for.
 
-    n_components : int or float, at most this many axes, or the share of variance to keep.
     scaling : "scale", "norm" or None.
     bandwidth : "scott", "silverman", "loo", or the factor h.
     residual : "gaussian", "box" or None.
@@ -55,7 +43,6 @@ class Settings(NamedTuple):
     working_memory : int, bytes.
     """
 
-    n_components: int | float
     scaling: Scaling
     bandwidth: Bandwidth
     residual: Residual
@@ -130,6 +117,8 @@ class RowDensity:
 
         `beyond` (n,) is the squared distance of the rows from their features, where they are not all of these.
         """
+        if self.residual is None:
+            return self.kernel_log_density((rows - self.centre) @ self.axes, working_memory)
         coordinates, squared_distances = self.split(rows)
         log_densities = self.kernel_log_density(coordinates, working_memory)
         return self.with_residual(log_densities, squared_distances + beyond)
@@ -205,138 +194,55 @@ class FeatureDensity:
         `full` asks for the density in the whole feature space, whatever residual term the scores have.
         """
         of_rows = self.density.full_log_density if full else self.density.log_density
-        rows = centred_rows(X, self.mean, self.scale, working_memory)
+        # Blocks of 8 MiB have copies on the axes, whitened and so on; fewer rows would not pay for a call.
+        block_memory = min(working_memory, 8 * max(2**20, 2**14 * X.shape[1]))
+        rows = centred_rows(X, self.mean, self.scale, block_memory)
         parts = [of_rows(block, working_memory) for block in rows.blocks()]
         return torch.cat(parts)
 
 
-class Training(NamedTuple):
-    """The result of `fit`.
+class TrimmedDensity(NamedTuple):
+    """The density of the rows that a fit keeps.
 
-    fitted : FeatureDensity.
-    loo_scores : Tensor (n,), the log density of each training row from a fit without it.
-    n_unrefitted : int, rows for which only their own kernel could be left out.
+    density : RowDensity.
+    kept : Tensor (n,), bool, the rows that have a kernel.
     """
 
-    fitted: FeatureDensity
-    loo_scores: Tensor
-    n_unrefitted: int
+    density: RowDensity
+    kept: Tensor
 
 
-def fit(X: Tensor, settings: Settings) -> Training:
-    """Fit the density to the training rows `X` (n, n_features), float32 or float64.
-
-    Raises
-    ------
-    ValueError
-        If the rows do not differ.
-    """
-    n, n_features = X.shape
-    whole = span(X, settings.working_memory)
-    scatter = whole.rows.scatter()
-    units = Units(n_features, whole.scale, whole.noise, scatter.new_zeros(2), X.dtype)
-    density = row_density(whole.rows, scatter, settings, units)
-    if density is None:
-        raise ValueError(
-            f"The {n} training rows do not differ beyond rounding, so that they have no density. Give at least two "
-            "distinct rows; a constant offset far larger than the variation hides it."
-        )
-    scores, n_unrefitted = cross_fitted_log_density(whole.rows, scatter, density, settings, units)
-    return Training(FeatureDensity(whole.mean, whole.scale, density.in_features(whole.basis)), scores, n_unrefitted)
-
-
-def row_density(rows: CentredRows, scatter: Tensor, settings: Settings, units: Units) -> RowDensity | None:
+def row_density(
+    rows: CentredRows, scatter: Tensor, n_components: int | float, settings: Settings, units: Units
+) -> TrimmedDensity | None:
     """Return the density of centred rows with the given scatter matrix; None where the rows do not differ.
 
     With a contamination, the rows of lowest density, each without its own kernel, leave the fit: first the principal
     axes, then, ranked again on the new axes, the kernels.
     """
-    found = principal_axes(rows, settings.n_components, units.noise, scatter)
+    found = principal_axes(rows, n_components, units.noise, scatter)
     if found.axes.shape[1] == 0:
         return None
     density = _kernels(found, scatter.new_zeros(rows.width), settings, units)
     n_kept = len(rows) - round(settings.contamination * len(rows))
     if n_kept == len(rows):
-        return density
+        return TrimmedDensity(density, torch.ones(n_kept, dtype=torch.bool, device=scatter.device))
     table = rows.rows()
     normal, centre = rows.take(_highest(density.leave_one_out(table, settings.working_memory), n_kept))
-    found = principal_axes(normal, settings.n_components, units.noise)
+    found = principal_axes(normal, n_components, units.noise)
     if found.axes.shape[1] == 0:
         return None
     density = _kernels(found, centre, settings, units)
     kept = _highest(density.leave_one_out(table, settings.working_memory), n_kept)
-    return replace(density, support=density.whiten(density.split(table[kept])[0]))
-
-
-def cross_fitted_log_density(
-    rows: CentredRows, scatter: Tensor, whole: RowDensity, settings: Settings, units: Units
-) -> tuple[Tensor, int]:
-    """Return the log density of each training row from a fit without it.
-
-    The rows are cut into consecutive folds, and each fold is scored by a fit to the other folds: their principal axes,
-    scale, whitening, contamination and kernels. In-sample scores are useless for a threshold: in many dimensions a
-    row's own kernel dominates its density. Leaving out that kernel alone is not enough: the axes still bend towards
-    the row.
-
-    Parameters
-    ----------
-    rows : CentredRows
-        The training rows.
-    scatter : Tensor of shape (width, width)
-        Their scatter matrix.
-    whole : RowDensity
-        The fit to all of them.
-    settings : Settings
-        What it was asked for.
-    units : Units
-        Of the rows.
-
-    Returns
-    -------
-    log_densities : Tensor of shape (n,)
-    n_unrefitted : int
-        Rows of folds without which fewer axes are left. For these, only their own kernel is left out.
-    """
-    n, d = len(rows), whole.axes.shape[1]
-    n_folds = min(N_FOLDS, n)
-    folds = list(pairwise(round(i * n / n_folds) for i in range(n_folds + 1)))
-    # A searched bandwidth is one number learnt from all rows: searching it again in each fold hardly changes it.
-    bandwidth = whole.bandwidth if settings.bandwidth == "loo" else settings.bandwidth
-    settings = settings._replace(n_components=d, bandwidth=bandwidth)
-    all_rows, beyond = rows, scatter.new_zeros(n)
-    if rows.width > FOLD_WIDTH:
-        leading = principal_axes(rows, FOLD_WIDTH, units.noise, scatter)
-        beyond = torch.cat(
-            [(block - (block @ leading.axes) @ leading.axes.T).square().sum(1) for block in rows.blocks()]
-        )
-        rows = centred_rows(leading.coordinates, scatter.new_zeros(leading.axes.shape[1]), 1.0, settings.working_memory)
-        units = units._replace(beyond=leading.left_out)
-    # Summed over the other folds, not subtracted from the whole: a far outlier's square would swallow the rest.
-    scatters = _sums_of_others([rows.scatter(*fold) for fold in folds])
-    log_densities = whole.support.new_empty(n)
-    unrefitted = torch.zeros(n, dtype=torch.bool, device=log_densities.device)
-    for (start, stop), others_scatter in zip(folds, scatters, strict=True):
-        in_others = torch.ones_like(unrefitted)
-        in_others[start:stop] = False
-        others, mean = rows.take(in_others)
-        others_centred = others_scatter - len(others) * torch.outer(mean, mean)
-        if others_centred.trace() < _CENTRING_LIMIT * others_scatter.trace():
-            others_centred = others.scatter()
-        density = row_density(others, others_centred, settings, units)
-        if density is None or density.axes.shape[1] < d:
-            unrefitted[start:stop] = True
-        else:
-            held_out = rows.rows(start, stop) - mean
-            log_densities[start:stop] = density.log_density(held_out, settings.working_memory, beyond[start:stop])
-    if unrefitted.any():
-        log_densities[unrefitted] = whole.leave_one_out(all_rows.rows(), settings.working_memory)[unrefitted]
-    return log_densities, int(unrefitted.sum())
+    return TrimmedDensity(replace(density, support=density.whiten(density.split(table[kept])[0])), kept)
 
 
 def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Units) -> RowDensity:
     """Return the density of the rows whose principal axes meet at `centre`, with a kernel around each."""
     n, d = found.coordinates.shape
     scaling = settings.scaling
+    left_out = (found.left_out + units.beyond).tolist()
+    total, squares = left_out[0] / (n - 1), left_out[1] / (n - 1) ** 2
     max_length = float(found.coordinates.norm(dim=1).max())
     unwhitened = scaled(found.coordinates, scaling, max_length)
     if scaling == "norm":
@@ -363,8 +269,8 @@ def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Un
         log_jacobian=d * (math.log(units.scale) - math.log(max_length)) if scaling == "scale" else 0.0,
         bandwidth=bandwidth_factor(settings.bandwidth, support, settings.working_memory),
         support=support,
-        residual=residual_term(settings.residual, found, units),
-        gaussian_residual=residual_term("gaussian", found, units),
+        residual=residual_term(settings.residual, total, squares, n, d, units),
+        gaussian_residual=residual_term("gaussian", total, squares, n, d, units),
     )
 
 
@@ -380,28 +286,31 @@ def bandwidth_factor(rule: Bandwidth, support: Tensor, working_memory: int) -> f
     return float(rule)
 
 
-def residual_term(kind: Residual, found: PrincipalAxes, units: Units) -> ResidualTerm | None:
-    """Return the term of what the axes leave out; None where `kind` is None or they leave out nothing.
+def residual_term(kind: Residual, total: float, squares: float, n: int, d: int, units: Units) -> ResidualTerm | None:
+    """Return the term of what `d` axes of `n` rows leave out; None where `kind` is None or they leave out nothing.
 
     The residual r is taken for a Gaussian of one variance in a number of dimensions: "gaussian", in all that are left
     out, with their mean variance [1]_; "box", in the effective number that gives r its mean and variance [2]_.
+
+    Parameters
+    ----------
+    kind : "gaussian", "box" or None
+    total, squares : float
+        Sum and sum of squares of the variances along the directions that are left out; "gaussian" needs the first.
+    n, d : int
+    units : Units
 
     References
     ----------
     .. [1] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
     .. [2] Box (1954), Some theorems on quadratic forms, doi:10.1214/aoms/1177728786
     """
-    n, d = found.coordinates.shape
     if kind is None or units.n_features == d:
         return None
-    left_out = (found.left_out + units.beyond) / (n - 1)
     # Rows that lie exactly in the space of the axes leave out only their rounding.
-    total = max(float(left_out[0]), units.noise**2 / (n - 1))
-    if kind == "gaussian":
-        degrees = float(units.n_features - d)
-    else:
-        squares = max(float(left_out[1]) / (n - 1), (units.noise**2 / (n - 1)) ** 2)
-        degrees = total**2 / squares
+    rounding = units.noise**2 / (n - 1)
+    total = max(total, rounding)
+    degrees = float(units.n_features - d) if kind == "gaussian" else total**2 / max(squares, rounding**2)
     spread = total / degrees
     log_height = degrees * (math.log(units.scale) - math.log(2 * math.pi * spread) / 2)
     return ResidualTerm(spread, log_height)
@@ -424,12 +333,3 @@ def _highest(log_densities: Tensor, n_kept: int) -> Tensor:
     kept = torch.zeros_like(log_densities, dtype=torch.bool)
     kept[order[:n_kept]] = True
     return kept
-
-
-def _sums_of_others(terms: list[Tensor]) -> list[Tensor]:
-    """Return, for each term, the sum of all the others."""
-    before, after = [torch.zeros_like(terms[0])], [torch.zeros_like(terms[0])]
-    for term, last in zip(terms[:-1], terms[:0:-1], strict=True):
-        before.append(before[-1] + term)
-        after.append(after[-1] + last)
-    return [left + right for left, right in zip(before, after[::-1], strict=True)]

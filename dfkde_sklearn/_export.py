@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dfkde_sklearn._features import TimmFeatures
-from dfkde_sklearn._model import DfkdeModel, ScatteringModule, image_transform, model_of
+from dfkde_sklearn._features import TimmFeatures, image_transform
+from dfkde_sklearn._model import DfkdeModel, ScatteringModule, model_of
 from dfkde_sklearn._persistence import write_atomically
 
 if TYPE_CHECKING:

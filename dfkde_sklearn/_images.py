@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,11 @@ IMAGE_SUFFIXES = (
 CHANNELS = (1, 3, 4)
 # More threads than this seldom decode faster: they wait for the disk or for Python's lock.
 MAX_THREADS = 8
+# Digests of files that are known by their status: about 20 MB of them.
+MAX_DIGESTS = 2**16
+_digests: OrderedDict[tuple[int, ...], bytes] = OrderedDict()
+# Seconds after which a file that is written to has another time of change than before.
+SETTLED = 2.0
 # A picture of the user's may stand in a list twice, and PIL reads its file at the first access.
 _READING = threading.Lock()
 
@@ -135,13 +141,34 @@ class Images(Sequence[Image.Image]):
         item = self._items[range(len(self))[index]]
         if isinstance(item, str | os.PathLike):
             try:
-                with open(item, "rb") as file:  # noqa: PTH123 (a str or a path)
-                    return hashlib.file_digest(file, "sha256").digest()
+                return _file_digest(item)
             except OSError:
                 self[index]  # raises an error that names the image
                 raise
         picture = self[index]
         return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
+
+
+def _file_digest(path: str | os.PathLike[str]) -> bytes:
+    """Return the SHA-256 of a file's bytes; a search asks for it again for every candidate and fold.
+
+    A file that has not been written to is known by its status, as git knows it: the time of its last change is the
+    system's, and no program can set it. One that was changed just now is read, since a change in the same tick of the
+    clock does not show; and on Windows, which has no such time, all are.
+    """
+    status = Path(path).stat()
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = _digests.get(key)
+    if known is not None:
+        return known
+    with open(path, "rb") as file:  # noqa: PTH123 (a str or a path)
+        digest = hashlib.file_digest(file, "sha256").digest()
+    if os.name != "nt" and time.time() - status.st_ctime > SETTLED:
+        with _READING:
+            _digests[key] = digest
+            if len(_digests) > MAX_DIGESTS:
+                _digests.popitem(last=False)
+    return digest
 
 
 def as_images(X: Any) -> Images:

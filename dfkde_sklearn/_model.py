@@ -17,17 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dfkde_sklearn._backbones import weights_hash
 from dfkde_sklearn._density import WORKING_MEMORY, scott_bandwidth
-from dfkde_sklearn._dfkde import FeatureDensity, ResidualTerm, RowDensity, Scaling, Settings, fit, scaled
-from dfkde_sklearn._features import TimmFeatures, _embedding, _pooled, _weights_hash
+from dfkde_sklearn._dfkde import FeatureDensity, ResidualTerm, RowDensity, Scaling, Settings, scaled
+from dfkde_sklearn._features import TimmFeatures, image_transform
 from dfkde_sklearn._images import as_images, image_batches
-from dfkde_sklearn._scattering import (
-    ROUNDING,
-    ScatteringFeatures,
-    _grey_levels,
-    scattering_coefficients,
-    wavelet_cascade,
-)
+from dfkde_sklearn._layers import embedding, pooled
+from dfkde_sklearn._scattering import ScatteringFeatures, grey_levels
+from dfkde_sklearn._training import fit
 
 if TYPE_CHECKING:
     from dfkde_sklearn._detector import DFKDEDetector
@@ -256,8 +253,8 @@ class NetworkFeatures(nn.Module):
 
     def __init__(self, stage: TimmFeatures) -> None:
         super().__init__()
-        with stage._network() as (network, _):
-            self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        with stage._lent_backbone() as backbone:
+            self.network = copy.deepcopy(backbone.network).eval().requires_grad_(False)
         self.stage = _without_module(stage)
         self._formats = dict(
             zip(stage.layers_ or [""], zip(stage.layer_formats_, stage.layer_prefix_tokens_, strict=True), strict=True)
@@ -279,21 +276,21 @@ class NetworkFeatures(nn.Module):
             rows = torch.cat([self._tapped[layer] for layer in self.stage.layers_], dim=1)
             self._tapped.clear()
             return rows
-        return self.pooled("", _embedding(self.network, batch))
+        return self.pooled("", embedding(self.network, batch))
 
     def pooled(self, layer: str, output: Tensor) -> Tensor:
         """Return one vector (n, C) for each image from the output of a layer."""
-        return _pooled(output, *self._formats[layer], self.stage.pooling)
+        return pooled(output, *self._formats[layer], self.stage.pooling)
 
     def as_stage(self) -> TimmFeatures:
         """Return a fitted feature stage that computes the same: by name, if the network has its weights still."""
         stage = copy.copy(self.stage)
-        weights_hash = _weights_hash(self.network)
-        if not isinstance(stage.backbone, str) or weights_hash != stage.weights_hash_:
+        found = weights_hash(self.network)
+        if not isinstance(stage.backbone, str) or found != stage.weights_hash_:
             stage.backbone, stage.weights = copy.deepcopy(self.network), None
             for module in stage.backbone.modules():
                 module._forward_hooks.clear()
-            stage.weights_hash_, stage.seed_ = weights_hash, None
+            stage.weights_hash_, stage.seed_ = found, None
         return stage
 
     def read_images(self, images: Any) -> Tensor:
@@ -320,12 +317,7 @@ class ScatteringModule(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         """Return the features (n, D), float32, of grey levels (n, size, size) from 0 to 1."""
-        border = 2**self.stage.scales
-        size = self.stage.image_size + 2 * border
-        cascade = wavelet_cascade(size, self.stage.scales, self.stage.orientations).to(batch.device)
-        framed = nn.functional.pad(batch[:, None], (border,) * 4, mode="reflect")[:, 0]
-        coefficients = scattering_coefficients(framed, cascade, border)
-        return torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
+        return self.stage._rows(batch)
 
     def as_stage(self) -> ScatteringFeatures:
         """Return a fitted feature stage that computes the same."""
@@ -333,7 +325,7 @@ class ScatteringModule(nn.Module):
 
     def read_images(self, images: Any) -> Tensor:
         """Return images as grey levels (n, size, size)."""
-        return _read(images, lambda picture: _grey_levels(picture, self.stage.image_size))
+        return _read(images, lambda picture: grey_levels(picture, self.stage.image_size))
 
 
 class DfkdeModel(nn.Module):
@@ -602,7 +594,7 @@ class DfkdeModel(nn.Module):
         if self.filter_count and len(rows) > self.filter_count:
             drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SEED))[: self.filter_count]
             rows = rows[drawn.sort().values.to(rows.device)]
-        training = fit(rows, Settings(self.n_components, self.pre_processing, "scott", None, 0.0, WORKING_MEMORY))
+        training = fit(rows, self.n_components, Settings(self.pre_processing, "scott", None, 0.0, WORKING_MEMORY))
         self.density.keep(training.fitted, training.loo_scores)
         return True
 
@@ -688,7 +680,7 @@ def model_of(detector: DFKDEDetector) -> DfkdeModel:
     model = DfkdeModel(
         [],
         None,
-        n_comps=detector.n_components,
+        n_comps=detector.n_components_ if detector.n_components == "auto" else detector.n_components,
         pre_processing=detector.scaling,
         filter_count=detector.max_samples,
         threshold_steepness=float(detector.threshold_steepness),
@@ -752,21 +744,6 @@ def detector_of(model: nn.Module, kind: type[DFKDEDetector]) -> DFKDEDetector:
     keep_buffers(detector, buffers)
     detector.features_ = stage
     return detector
-
-
-def image_transform(stage: TimmFeatures) -> Any:
-    """Return timm's transform of a fitted stage: a PIL image to a tensor (3, H, W)."""
-    from timm.data import create_transform
-
-    return create_transform(
-        input_size=(3, *stage.input_size_),
-        mean=stage.mean_,
-        std=stage.std_,
-        interpolation=stage.interpolation_,
-        crop_mode=stage.crop_mode_,
-        crop_pct=stage.crop_pct_,
-        is_training=False,
-    )
 
 
 class _Tap:

@@ -13,8 +13,7 @@ import os
 import platform
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -219,29 +218,14 @@ def _stage(
 
 def _check_backbone(stage: TimmFeatures, download: bool) -> None:
     """Load the backbone, and raise unless its weights are those of the fit."""
-    from dfkde_sklearn._features import _weights_hash
-
-    with _offline(not download), stage._network() as (network, weights_hash):
-        found = weights_hash or _weights_hash(network)
+    with stage._lent_backbone(download=download) as backbone:
+        found = backbone.weights_hash
     if found != stage.weights_hash_:
         raise ValueError(
             f"The weights of backbone {stage.backbone_name_!r} are not those that the detector was fitted with: "
             f"SHA-256 {found:.12}..., at the fit {stage.weights_hash_:.12}.... Give those with weights=PATH, or fit "
             "again."
         )
-
-
-@contextmanager
-def _offline(active: bool) -> Iterator[None]:
-    """Keep TimmFeatures from the network, as HF_HUB_OFFLINE in the environment of the process would."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or active
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _with_tuples(found: dict[str, Any]) -> Any:

@@ -12,12 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import scipy.linalg
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 # A scatter matrix squares the condition number: singular values under 1e-5 of the largest have lost half their
 # digits in it, and are taken from a singular value decomposition of the rows instead.
 _SCATTER_LIMIT = 1e-10
+
+
+# Bytes of a block of rows that is still in the processor's cache when it is used.
+_CACHED = 2**21
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,7 @@ class CentredRows:
 
     def scatter(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the sum of outer products of the rows from `start` to `stop`, of shape (width, width)."""
-        nothing = self.mean.new_zeros(self.width, self.width)
-        return _sum((block.T @ block for block in self.blocks(start, stop)), nothing)
+        return _sum_of_grams(self.blocks(start, stop), self.mean.new_zeros(self.width, self.width))
 
     def project(self, axes: Tensor) -> Tensor:
         """Return the coordinates of the rows on the columns of `axes`, of shape (n, d)."""
@@ -108,6 +113,8 @@ class PrincipalAxes(NamedTuple):
 
 def centred_rows(X: Tensor, mean: Tensor, scale: float, working_memory: int) -> CentredRows:
     """Return the rows ``scale * (X - mean)`` in blocks of at most `working_memory` bytes."""
+    if X.device.type == "cpu":
+        working_memory = min(working_memory, _CACHED)
     return CentredRows(X, mean, scale, max(1, working_memory // (8 * X.shape[1])))
 
 
@@ -165,20 +172,27 @@ def principal_axes(
         Of at most as many axes as the rows have rank.
     """
     scatter = rows.scatter() if scatter is None else scatter
-    eigenvalues, vectors = torch.linalg.eigh(scatter)
-    eigenvalues, vectors = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
-    d = _count(eigenvalues, n_components, len(rows))
+    possible = min(len(rows) - 1, rows.width)
+
+    def count(eigenvalues: Tensor) -> int:
+        return min(int(n_components) if n_components >= 1 else _n_for_share(eigenvalues, n_components), possible)
+
+    n_sought = min(int(n_components), possible) if n_components >= 1 else rows.width
+    eigenvalues, vectors = _leading_eigenpairs(scatter, max(n_sought, 1))
+    d = count(eigenvalues)
     if d and eigenvalues[d - 1] < _SCATTER_LIMIT * eigenvalues[0]:
         _, triangle = torch.linalg.qr(rows.rows(), mode="r")
         _, singular_values, vectors = torch.linalg.svd(triangle, full_matrices=False)
         vectors, eigenvalues = vectors.T, singular_values.square()
-        d = _count(eigenvalues, n_components, len(rows))
+        d = count(eigenvalues)
         # A backward stable decomposition errs by a few roundings of its largest value.
         noise = max(noise, 10 * torch.finfo(torch.float64).eps * float(singular_values[0]))
         d = min(d, int((singular_values > noise).sum()))
+        left_out = torch.stack([eigenvalues[d:].sum(), eigenvalues[d:].square().sum()])
     else:
         d = min(d, int((eigenvalues > noise**2).sum()))
-    left_out = torch.stack([eigenvalues[d:].sum(), eigenvalues[d:].square().sum()])
+        rest = scatter - (vectors[:, :d] * eigenvalues[:d]) @ vectors[:, :d].T
+        left_out = torch.stack([rest.trace().clamp_min(0), rest.square().sum()])
     axes = vectors[:, :d]
     if d == 0:
         return PrincipalAxes(axes, axes.new_zeros(len(rows), 0), axes.new_zeros(0), left_out)
@@ -190,20 +204,51 @@ def principal_axes(
     return PrincipalAxes(axes, coordinates, singular_values, left_out)
 
 
+def eigenpairs(scatter: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a scatter matrix that are more than rounding, decreasing, and their vectors."""
+    eigenvalues, vectors = _leading_eigenpairs(scatter, len(scatter))
+    rounding = 10 * len(scatter) * torch.finfo(scatter.dtype).eps * float(eigenvalues[0])
+    n = int((eigenvalues > max(noise**2, rounding)).sum())
+    return eigenvalues[:n], vectors[:, :n]
+
+
 def axis_signs(axes: Tensor) -> Tensor:
     """Return the sign of the entry of largest magnitude of each column, so that an axis has one orientation."""
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0).to(axes.dtype)
 
 
-def _count(eigenvalues: Tensor, n_components: int | float, n: int) -> int:
-    possible = min(n - 1, len(eigenvalues))
-    if n_components >= 1:
-        return min(int(n_components), possible)
-    share = eigenvalues.cumsum(0)
+def _leading_eigenpairs(symmetric: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the `n` largest eigenvalues of a positive semidefinite matrix, decreasing, and their vectors."""
+    width = len(symmetric)
+    if symmetric.device.type != "cpu":
+        eigenvalues, vectors = torch.linalg.eigh(symmetric)
+    elif n > width // 4:
+        eigenvalues, vectors = map(torch.from_numpy, scipy.linalg.eigh(symmetric.numpy(), driver="evd"))
+    else:
+        # A few of many vectors cost a third of all.
+        found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])
+        eigenvalues, vectors = map(torch.from_numpy, found)
+    return eigenvalues.flip(0)[:n].clamp_min(0), vectors.flip(1)[:, :n]
+
+
+def _n_for_share(eigenvalues: Tensor, share: float) -> int:
+    """Return the smallest number of first eigenvalues whose sum is this share of the sum of all."""
+    sums = eigenvalues.cumsum(0)
     # The sum itself is rounded: a share of 0.9 is reached by 0.9 less a rounding.
-    enough = share >= n_components * share[-1] * (1 - 1e-12)
-    return min(int(enough.to(torch.int8).argmax()) + 1, possible)
+    enough = sums >= share * sums[-1] * (1 - 1e-12)
+    return int(enough.to(torch.int8).argmax()) + 1
+
+
+def _sum_of_grams(blocks: Iterator[Tensor], nothing: Tensor) -> Tensor:
+    if nothing.device.type != "cpu":
+        return _sum((block.T @ block for block in blocks), nothing)
+    # A product of a matrix with itself is symmetric: BLAS computes one half, and adds to it in place.
+    upper = nothing.numpy().T
+    for block in blocks:
+        upper = dsyrk(1.0, block.numpy().T, beta=1.0, c=upper, overwrite_c=1)
+    half = torch.from_numpy(upper)
+    return half.triu() + half.triu(1).T
 
 
 def _sum(terms: Iterator[Tensor], nothing: Tensor) -> Tensor:

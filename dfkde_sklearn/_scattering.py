@@ -225,20 +225,24 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
     def _computed(self, images: Images, blocks: list[int]) -> Generator[np.ndarray, None, None]:
         """Yield the features of the images batch by batch."""
         device = as_device(self.device)
-        border = 2**self.scales
-        cascade = wavelet_cascade(self.image_size + 2 * border, self.scales, self.orientations).to(device)
         for batch in image_batches(
             images,
-            partial(_grey_levels, size=self.image_size),
+            partial(grey_levels, size=self.image_size),
             self.batch_size,
             verbose=bool(self.verbose),
             description="scattering",
         ):
             with torch.inference_mode():
-                framed = pad(batch.to(device)[:, None], (border,) * 4, mode="reflect")[:, 0]
-                coefficients = scattering_coefficients(framed, cascade, border)
-                rows = torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
+                rows = self._rows(batch.to(device))
             yield rows.cpu().numpy()
+
+    def _rows(self, batch: Tensor) -> Tensor:
+        """Return the features (n, n_features) of grey levels (n, image_size, image_size) from 0 to 1."""
+        border = 2**self.scales
+        cascade = wavelet_cascade(self.image_size + 2 * border, self.scales, self.orientations).to(batch.device)
+        framed = pad(batch[:, None], (border,) * 4, mode="reflect")[:, 0]
+        coefficients = scattering_coefficients(framed, cascade, border)
+        return torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
 
     def _feature_names(self) -> list[str]:
         waves = [[f"scale{j}_orientation{k}" for k in range(self.orientations)] for j in range(self.scales)]
@@ -259,7 +263,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         return tags
 
 
-def _grey_levels(picture: Image.Image, size: int) -> Tensor:
+def grey_levels(picture: Image.Image, size: int) -> Tensor:
     """Return a picture as grey levels (size, size) in float32, 0 to 1."""
     # Mode "F" keeps the resized levels from being rounded to 8 bits once more. reducing_gap averages large
     # photographs down to three times the size first: the same to the eye, at a tenth of the time.

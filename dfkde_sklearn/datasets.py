@@ -328,7 +328,7 @@ def make_textures(
         {
             "n_train": [Interval(Integral, 1, None, closed="left")],
             "n_test": [Interval(Integral, 1, None, closed="left")],
-            "material": [StrOptions(set(_MATERIALS))],
+            "material": [StrOptions(set(MATERIALS))],
             "defects": [list, tuple, None],
             "anomaly_fraction": [Interval(Real, 0, 1, closed="both")],
             "image_size": [Interval(Integral, 32, None, closed="left")],
@@ -345,7 +345,7 @@ def make_textures(
         },
         caller_name="make_textures",
     )
-    possible = _MATERIALS[material].defects
+    possible = MATERIALS[material].defects
     kinds = possible if defects is None else tuple(defects)
     if not kinds or not set(kinds) <= set(possible):
         raise ValueError(
@@ -474,7 +474,7 @@ def _picture(
     # A generator for the image and one for its defect: the image depends neither on how many others there are
     # nor on whether it gets a defect.
     rng = RandomState(seed)
-    surface = _MATERIALS[material].paint(rng, size)
+    surface = MATERIALS[material].paint(rng, size)
     albedo, mask = surface.albedo, np.zeros((size, size), dtype=bool)
     if defect is not None:
         albedo, mask = _DEFECTS[defect](surface, RandomState((*seed, 1)))
@@ -726,7 +726,7 @@ class _Material(NamedTuple):
 
 
 _ANY = ("scratch", "stain", "hole", "wear")
-_MATERIALS = {
+MATERIALS = {
     "weave": _Material(_weave, (*_ANY, "distortion", "thread")),
     "twill": _Material(_twill, (*_ANY, "distortion", "thread")),
     "knit": _Material(_knit, (*_ANY, "distortion", "thread")),

@@ -45,6 +45,8 @@ numpydoc_validation_checks = {"all", "EX01", "SA01", "ES01"}
 # Names of other packages, whose inventories would have to be downloaded.
 nitpick_ignore_regex = [("py:.*", r"(sklearn|scipy|numpy|torch|timm|PIL)\..*")]
 
+# For examples that need what need not be installed.
+doctest_global_setup = "from importlib.util import find_spec"
 # As in pytest, so that an example means the same in both.
 doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

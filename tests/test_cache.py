@@ -1,6 +1,7 @@
 """The feature cache: each image goes through a network once, nothing stale is read, no damage changes a result."""
 
 import contextlib
+import hashlib
 import os
 import pickle
 import resource
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 from PIL import Image
 from sklearn.base import clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
-from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV
+from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, cross_val_score
 from torch import nn
 
 from dfkde_sklearn import (
@@ -26,32 +28,39 @@ from dfkde_sklearn import (
     DFKDEDetector,
     ScatteringFeatures,
     TimmFeatures,
+    _backbones,
     _cache,
-    _features,
+    _images,
     _scattering,
     cache_size,
     clear_cache,
 )
+from dfkde_sklearn._backbones import Backbone
 from dfkde_sklearn._cli import main
+from dfkde_sklearn._images import as_images
 
 N = 24
 GRID_LAYERS = [["first"], ["second"], ["first", "third"]]
 
 
 class Layer(nn.Conv2d):
-    """Counts its runs."""
+    """Counts its runs, in a dictionary: a number that changes would make it another layer each time."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, 3)
-        self.n_runs = 0
+        self.count = {"runs": 0}
 
     def forward(self, x):
-        self.n_runs += 1
+        self.count["runs"] += 1
         return super().forward(x)
+
+    @property
+    def n_runs(self):
+        return self.count["runs"]
 
 
 class Network(nn.Module):
-    """Three small layers; counts the images that it sees, and keeps how many at once."""
+    """Three small layers; counts the images that it sees."""
 
     def __init__(self, seed=0, slope=0.1):
         super().__init__()
@@ -60,12 +69,14 @@ class Network(nn.Module):
             torch.manual_seed(seed)
             self.first, self.second, self.third = (Layer(n, n + 1) for n in (3, 4, 5))
         self.slope = slope
-        self.n_seen = 0
-        self.batches = []
+        self.count = {"seen": 0}
+
+    @property
+    def n_seen(self):
+        return self.count["seen"]
 
     def forward(self, x):
-        self.n_seen += len(x)
-        self.batches.append(len(x))
+        self.count["seen"] += len(x)
         for layer in (self.first, self.second, self.third):
             x = nn.functional.leaky_relu(layer(x), self.slope)
         return x
@@ -73,7 +84,7 @@ class Network(nn.Module):
 
 class Steeper(Network):
     def forward(self, x):
-        self.n_seen += len(x)
+        self.count["seen"] += len(x)
         for layer in (self.first, self.second, self.third):
             x = 2 * nn.functional.leaky_relu(layer(x), self.slope)
         return x
@@ -82,7 +93,6 @@ class Steeper(Network):
 @pytest.fixture(autouse=True)
 def _nothing_kept_before():
     clear_cache()
-    _features._known.clear()
     yield
     clear_cache()
 
@@ -233,6 +243,33 @@ def test_halving_searches_read_it_too(paths):
     assert network.n_seen == before
 
 
+def test_a_study_of_optuna_sends_each_image_through_once(cache, paths):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    y = np.arange(N) % 4 == 0
+    network = Network()
+
+    def auroc(trial):
+        layer = trial.suggest_categorical("layer", ["first", "second", "third"])
+        detector = DFKDEDetector(
+            stage(network, [layer], cache=cache), n_components=trial.suggest_int("n_components", 1, 3)
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*training rows cannot be scored")
+            return cross_val_score(AnomalyClassifier(detector), paths, y, cv=3, scoring="roc_auc").mean()
+
+    for layer in ("first", "second", "third"):
+        stage(network, [layer]).fit(paths)  # what the layers return is found out with blank images
+    features = stage(network, cache=cache).fit(paths)
+    before = network.n_seen
+    features.transform(paths)
+    sampler = optuna.samplers.GridSampler({"layer": ["first", "second", "third"], "n_components": [1, 3]}, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(auroc, n_trials=6)
+    assert len({trial.params["layer"] for trial in study.trials}) == 3
+    assert network.n_seen - before == N
+
+
 def test_processes_of_a_search_share_a_folder(paths, tmp_path):
     features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=str(tmp_path / "cache"), device="cpu")
     detector = DFKDEDetector(features, n_components=2)
@@ -272,6 +309,27 @@ def test_an_overwritten_file_misses_whatever_its_name_size_and_time(cache, paths
     raw[0].write_bytes(raw[1].read_bytes())
     os.utime(raw[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     np.testing.assert_array_equal(features.transform(raw), first[[1, 1]])
+
+
+def test_a_settled_file_is_read_once_and_again_after_it_was_written_to(tmp_path, monkeypatch):
+    file = tmp_path / "image.bmp"
+    Image.new("RGB", (8, 8), (10,) * 3).save(file)
+    opened = []
+    digest_of = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *call: opened.append(call) or digest_of(*call))
+    looks = as_images([file, file])
+    first = looks.digest(0)
+    assert looks.digest(1) == first
+    assert len(opened) == 2  # just written: another change may not show
+    monkeypatch.setattr(_images, "SETTLED", -1.0)
+    assert [looks.digest(0), looks.digest(1)] == [first] * 2
+    assert len(opened) == 3
+    status = file.stat()
+    time.sleep(0.05)  # more than a tick of the clock of the file system
+    Image.new("RGB", (8, 8), (200,) * 3).save(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert looks.digest(0) != first
+    assert looks.digest(0) == hashlib.sha256(file.read_bytes()).digest()
 
 
 def test_a_moved_file_hits(cache, paths, tmp_path):
@@ -353,17 +411,72 @@ def test_a_copy_of_a_network_hits(cache, paths):
     assert n_computed(stage(Network(), cache=cache), paths) == 0
 
 
+def scripted(n_in=3, seed=0, frozen=False):
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.manual_seed(seed)
+        network = torch.jit.script(nn.Sequential(nn.Conv2d(n_in, 2, 3), nn.ReLU()).eval())
+        return torch.jit.freeze(network) if frozen else network
+
+
+def traced(sign):
+    class Signed(nn.Module):
+        def forward(self, x):
+            return sign(x)
+
+    return torch.fx.symbolic_trace(Signed())
+
+
+def with_buffer(value):
+    module = nn.Identity()
+    module.register_buffer("kept", torch.tensor([value]), persistent=False)
+    return module
+
+
+def with_attribute(value):
+    module = nn.Identity()
+    module.value = value
+    return module
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.ReLU(), nn.Sigmoid()),
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+        (nn.Sequential(nn.ReLU(), nn.Tanh()), nn.Sequential(nn.Tanh(), nn.ReLU())),
+        (with_buffer(1.0), with_buffer(2.0)),
+        (with_attribute([(1, torch.ones(2))]), with_attribute([(1, torch.zeros(2))])),
+        (with_attribute(torch.sin), with_attribute(torch.cos)),
+        (with_attribute(nn.functional.relu), with_attribute(nn.functional.gelu)),
+        (traced(torch.sin), traced(torch.cos)),
+        (scripted(), scripted(seed=1)),
+        (scripted(frozen=True), scripted(frozen=True, seed=1)),
+    ],
+)
+def test_what_decides_the_outputs_of_a_network_decides_its_fingerprint(one, other):
+    assert Backbone(one).fingerprint == Backbone(one).fingerprint
+    assert Backbone(one).fingerprint != Backbone(other).fingerprint
+
+
+def test_a_named_backbone_is_looked_at_once(paths, monkeypatch):
+    features = TimmFeatures("test_resnet", pretrained=False, random_state=0, device="cpu", cache=True).fit(paths)
+    first = features.transform(paths)
+    monkeypatch.setattr(_backbones, "weights_hash", None)
+    np.testing.assert_array_equal(clone(features).fit_transform(paths), first)
+
+
 def test_a_network_has_the_same_fingerprint_in_every_process():
     call = (
-        "from dfkde_sklearn._features import _fingerprint; import torch; from torch import nn; torch.manual_seed(0);"
-        "print(_fingerprint(nn.Transformer(8, 2, 1, 1, 16, batch_first=True)), end='')"
+        "from dfkde_sklearn._backbones import Backbone; import torch; from torch import nn; torch.manual_seed(0);"
+        "print(Backbone(nn.Transformer(8, 2, 1, 1, 16, batch_first=True)).fingerprint, end='')"
     )
     # Strings, and with them sets, have other hashes in each process.
     command = [sys.executable, "-c", call]
     done = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert done.stdout.decode() == _features._fingerprint(nn.Transformer(8, 2, 1, 1, 16, batch_first=True))
+        assert done.stdout.decode() == Backbone(nn.Transformer(8, 2, 1, 1, 16, batch_first=True)).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -355,16 +355,17 @@ def test_labels_that_cannot_be_right_are_refused(y, label, message):
         AnomalyClassifier(DFKDEDetector(), anomaly_label=label).fit(labelled_rows()[0][:20], y)
 
 
-def test_a_fold_without_a_class_is_named_and_the_others_are_not_lost():
+@pytest.mark.parametrize(("label", "missing"), [(1, "anomalous"), (0, "normal")])
+def test_a_fold_without_a_class_is_named_and_the_others_are_not_lost(label, missing):
     X, _ = labelled_rows()
-    y = np.r_[np.ones(30, int), np.zeros(90, int)]
-    # Fold 0 of 4 is the block of anomalies: its training part has none.
+    y = np.repeat([label, 1 - label], [30, 90])
+    # Fold 0 of 4 is the block of a class: its training part has none of it.
     splits = [(np.setdiff1d(np.arange(120), test), test) for test in np.arange(120).reshape(4, 30)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = cross_validate(AnomalyClassifier(DFKDEDetector()), X, y, cv=splits, scoring="accuracy")
     assert np.isnan(found["test_score"]).tolist() == [True, False, False, False]
-    assert any("no row is anomalous" in str(warning.message) for warning in caught)
+    assert any(f"no row is {missing}" in str(warning.message) for warning in caught)
 
 
 def test_what_is_no_outlier_detector_is_refused():

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn import DFKDEDetector, _scattering
 from dfkde_sklearn._cli import main
 from dfkde_sklearn._contact_sheet import ANOMALOUS, DEFECT, NORMAL, TILE, Section, Tile, contact_sheet
 from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
@@ -266,9 +266,37 @@ def test_pretrained_weights_that_are_not_to_be_had_are_an_error_with_the_ways_ou
 
 def test_the_settings_of_one_run_are_not_in_the_model(textures, tmp_path):
     good = textures / "train" / "good"
-    assert run("fit", good, *SCATTERING, "--device", "cpu", "--model", tmp_path / "model") == 0
+    assert (
+        run("fit", good, *SCATTERING, "--device", "cpu", "--cache", tmp_path / "cache", "--model", tmp_path / "model")
+        == 0
+    )
     detector = joblib.load(tmp_path / "model")["detector"]
     assert detector.device is detector.features.device is detector.features_.device is None
+    assert detector.features.cache is detector.features_.cache is None
+
+
+def test_a_second_run_describes_only_images_that_are_not_in_the_cache(textures, tmp_path, monkeypatch, capsys):
+    described = []
+    whole = _scattering.scattering_coefficients
+
+    def counted(batch, *arguments):
+        described.append(len(batch))
+        return whole(batch, *arguments)
+
+    monkeypatch.setattr(_scattering, "scattering_coefficients", counted)
+    good, cache = textures / "train" / "good", ("--cache", tmp_path / "cache")
+    for model, n in (("first", 60), ("second", 60)):
+        assert run("fit", good, *SCATTERING, "--model", tmp_path / model, *cache) == 0
+        assert sum(described) == n
+    capsys.readouterr()
+    printed = []
+    for model, with_cache, n in (("first", cache, 80), ("second", cache, 80), ("first", (), 80 + 80)):
+        assert run("score", tmp_path / model, good, textures / "test" / "good", *with_cache) == 0
+        printed.append(capsys.readouterr().out)
+        assert sum(described) == n
+    assert printed[0] == printed[1] == printed[2]
+    assert run("cache", "size", tmp_path / "cache") == 0
+    assert "80, one for each image and layer" in capsys.readouterr().out
 
 
 # Files

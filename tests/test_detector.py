@@ -49,34 +49,111 @@ def test_score_samples_is_scipys_log_density(scaling, bandwidth, n, width, n_com
     assert detector.bandwidth_ == pytest.approx(reference.factor)
 
 
+def unseen(X, d):
+    """Each row along and beyond the axes of the 19 other folds: squared distance from d axes, and (n, axes + 1) squares
+    of which the last are beyond all axes."""
+    folds = (
+        np.array_split(np.arange(len(X)), 20) if len(X) % 20 == 0 else np.split(np.arange(len(X)), fold_bounds(len(X)))
+    )
+    found = []
+    for fold in folds:
+        others = np.delete(X, fold, 0)
+        axes = np.linalg.svd(others - others.mean(0), full_matrices=False)[2][: min(len(others) - 1, X.shape[1])]
+        centred = X[fold] - others.mean(0)
+        coordinates = centred @ axes.T
+        found.append((coordinates**2, (centred**2).sum(1)))
+    n_axes = min(squares.shape[1] for squares, _ in found)
+    squares = np.concatenate([np.c_[s[:, :n_axes], total - s[:, :n_axes].sum(1)] for s, total in found])
+    return squares[:, d:].sum(1), squares
+
+
+def fold_bounds(n):
+    return [round(i * n / 20) for i in range(1, 20)]
+
+
 @pytest.mark.parametrize("residual", ["gaussian", "box"])
-@pytest.mark.parametrize(("n", "width"), [(80, 20), (25, 60)])
-def test_the_residual_term_is_the_formula(residual, n, width):
+@pytest.mark.parametrize(("n", "width"), [(80, 20), (25, 60), (53, 30)])
+def test_the_residual_term_is_learnt_from_rows_that_a_fit_has_not_seen(residual, n, width):
     X, new = rows(n, width), rows(10, width, seed=2)
     plain = DFKDEDetector(n_components=4).fit(X)
     detector = DFKDEDetector(n_components=4, residual=residual).fit(X)
-    left_out = np.linalg.svd(X - X.mean(0), compute_uv=False)[4:] ** 2 / (n - 1)
-    r = ((new - X.mean(0)) ** 2).sum(1) - (((new - X.mean(0)) @ plain.components_.T) ** 2).sum(1)
+    distances, squares = unseen(X, 4)
     if residual == "gaussian":
-        spread = left_out.sum() / (width - 4)
-        degrees = width - 4
+        spread, degrees = distances.mean() / (width - 4), width - 4
     else:
-        spread = (left_out**2).sum() / left_out.sum()
-        degrees = left_out.sum() ** 2 / (left_out**2).sum()
-    term = -r / (2 * spread) - degrees / 2 * np.log(2 * np.pi * spread)
-    np.testing.assert_allclose(detector.score_samples(new), plain.score_samples(new) + term, rtol=1e-10)
+        variances = squares[:, 4:-1].mean(0)
+        n_beyond = width - squares.shape[1] + 1
+        beyond = squares[:, -1].mean() if n_beyond else 0.0
+        sum_of_squares = (variances**2).sum() + (beyond**2 / n_beyond if n_beyond else 0.0)
+        spread = sum_of_squares / (variances.sum() + beyond)
+        degrees = (variances.sum() + beyond) ** 2 / sum_of_squares
+
+    def term(r):
+        return -r / (2 * spread) - degrees / 2 * np.log(2 * np.pi * spread)
+
+    r = ((new - X.mean(0)) ** 2).sum(1) - (((new - X.mean(0)) @ plain.components_.T) ** 2).sum(1)
+    np.testing.assert_allclose(detector.score_samples(new), plain.score_samples(new) + term(r), rtol=1e-10)
+    np.testing.assert_allclose(detector.loo_scores_, plain.loo_scores_ + term(distances), rtol=1e-10)
+
+
+@pytest.mark.parametrize("residual", ["gaussian", "box"])
+def test_one_row_from_elsewhere_does_not_carry_the_residual_away(residual):
+    X, new = signal_and_noise(80, 4, 60), signal_and_noise(10, 4, 60, seed=2)
+    expected = DFKDEDetector(n_components=4, residual=residual).fit(X).score(new)
+    X[7] += 1e6
+    detector = DFKDEDetector(n_components=5, residual=residual).fit(X)
+    # It takes an axis for itself; for the others, and for what is left out, little changes.
+    assert detector.score(new) > expected - 40
 
 
 def test_score_is_the_mean_log_density_of_the_whole_space():
     X, new = rows(200, 6), rows(50, 6, seed=2)
     detector = DFKDEDetector(n_components=2).fit(X)
     Z, new_Z = ((A - X.mean(0)) @ detector.components_.T for A in (X, new))
-    left_out = np.linalg.svd(X - X.mean(0), compute_uv=False)[2:] ** 2 / 199
+    variance = unseen(X, 2)[0].mean() / 4
     r = ((new - X.mean(0)) ** 2).sum(1) - (new_Z**2).sum(1)
-    gaussian = -r / (2 * left_out.mean()) - 2 * np.log(2 * np.pi * left_out.mean())
+    gaussian = -r / (2 * variance) - 2 * np.log(2 * np.pi * variance)
     expected = (gaussian_kde(Z.T).logpdf(new_Z.T) + gaussian).mean()
     for settings in ({}, {"scaling": None}, {"residual": "box"}, {"residual": "gaussian"}):
         assert DFKDEDetector(n_components=2, **settings).fit(X).score(new) == pytest.approx(expected, rel=1e-10)
+
+
+def signal_and_noise(n, n_signals, width, seed=0):
+    rng = np.random.default_rng(seed)
+    signals = np.linalg.qr(np.random.default_rng(99).normal(size=(width, n_signals)))[0] * np.linspace(9, 6, n_signals)
+    return rng.normal(size=(n, n_signals)) @ signals.T + rng.normal(size=(n, width)) * 0.5
+
+
+@pytest.mark.parametrize(("n", "n_signals", "width"), [(60, 3, 300), (60, 12, 300), (150, 30, 400)])
+def test_auto_keeps_the_axes_that_hold_for_new_rows(n, n_signals, width):
+    # Far fewer rows than features: axes after the signals follow the noise of the training rows.
+    detector = DFKDEDetector(n_components="auto").fit(signal_and_noise(n, n_signals, width))
+    assert detector.n_components_ == n_signals
+
+
+def test_auto_keeps_all_axes_of_many_rows():
+    assert DFKDEDetector(n_components="auto").fit(rows(900, 12)).n_components_ == 12
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual": "box", "contamination": 0.1}, {"scaling": "norm"}])
+def test_auto_is_the_fit_of_the_number_that_it_finds(settings):
+    X, new = signal_and_noise(60, 5, 100), signal_and_noise(9, 5, 100, seed=1)
+    found = DFKDEDetector(n_components="auto", **settings).fit(X)
+    fixed = DFKDEDetector(n_components=found.n_components_, **settings).fit(X)
+    assert np.array_equal(found.score_samples(new), fixed.score_samples(new))
+    assert np.array_equal(found.loo_scores_, fixed.loo_scores_)
+
+
+def test_one_row_from_elsewhere_does_not_end_auto():
+    X = signal_and_noise(60, 5, 100)
+    X[30] += 1e5
+    assert 5 <= DFKDEDetector(n_components="auto").fit(X).n_components_ <= 7
+
+
+@pytest.mark.parametrize("X", [np.r_[np.zeros((5, 3)), np.ones((1, 3))], np.eye(2)])
+def test_auto_keeps_one_axis_where_no_row_is_like_another(X):
+    with pytest.warns(UserWarning, match="cannot be scored"):
+        assert DFKDEDetector(n_components="auto").fit(X).n_components_ == 1
 
 
 def test_score_finds_the_number_of_dimensions_where_the_reduced_likelihood_takes_the_most():
@@ -172,7 +249,7 @@ def test_loo_scores_come_from_fits_without_the_fold():
         np.testing.assert_allclose(detector.loo_scores_[start:stop], others.score_samples(X[start:stop]), rtol=1e-10)
 
 
-@pytest.mark.parametrize("settings", [{"scaling": "norm"}, {"residual": "box"}, {"bandwidth": 0.4}, {"scaling": None}])
+@pytest.mark.parametrize("settings", [{"scaling": "norm"}, {"bandwidth": 0.4}, {"scaling": None}])
 def test_loo_scores_of_a_few_rows_leave_out_one_row_each(settings):
     X = rows(12, 30)
     detector = DFKDEDetector(n_components=3, **settings).fit(X)
@@ -184,8 +261,8 @@ def test_loo_scores_of_a_few_rows_leave_out_one_row_each(settings):
 
 def test_folds_of_wide_data_are_refitted_closely_on_its_first_axes():
     X = rows(600, 700)
-    detector = DFKDEDetector(n_components=4, residual="gaussian").fit(X)
-    others = DFKDEDetector(n_components=4, residual="gaussian").fit(X[30:])
+    detector = DFKDEDetector(n_components=4).fit(X)
+    others = DFKDEDetector(n_components=4).fit(X[30:])
     np.testing.assert_allclose(detector.loo_scores_[:30], others.score_samples(X[:30]), rtol=2e-3)
 
 

@@ -175,8 +175,8 @@ def test_an_export_leaves_the_backbone_as_it_was(detector, tmp_path):
     expected = detector.score_samples(pictures(2))
     detector.to_pt2(tmp_path / "model.pt2")
     np.testing.assert_array_equal(detector.score_samples(pictures(2)), expected)
-    with detector.features_._network() as (network, _):
-        assert not any(module._forward_hooks for module in network.modules())
+    with detector.features_._lent_backbone() as backbone:
+        assert not any(module._forward_hooks for module in backbone.network.modules())
 
 
 # ---- preprocessing

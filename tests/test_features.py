@@ -29,7 +29,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dfkde_sklearn import _features
+from dfkde_sklearn import _backbones
 from dfkde_sklearn._features import TimmFeatures
 
 REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
@@ -42,7 +42,7 @@ def images():
 
 @pytest.fixture(autouse=True)
 def _nothing_loaded_before():
-    _features._loaded.clear()
+    _backbones._loaded.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -431,7 +431,7 @@ def test_random_weights_follow_from_random_state_and_leave_global_generators_alo
     first = tiny(random_state=3).fit(images)
     assert torch.equal(torch.get_rng_state(), torch_state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
-    _features._loaded.clear()
+    _backbones._loaded.clear()
     torch.manual_seed(99)
     again, other = tiny(random_state=3).fit(images), tiny(random_state=4).fit(images)
     np.testing.assert_array_equal(first.transform(images), again.transform(images))
@@ -601,7 +601,7 @@ def test_weights_that_are_not_to_be_had_are_an_error_with_the_ways_out(
         server.bind(("127.0.0.1", 0))
         if network == "silent":  # accepts, and never answers
             server.listen()
-            monkeypatch.setattr(_features, "PROBE_SECONDS", 0.2)
+            monkeypatch.setattr(_backbones, "PROBE_SECONDS", 0.2)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", network == "offline")
@@ -637,7 +637,7 @@ def test_unpickled_features_load_their_backbone_again(store, images, tmp_path):
     else:
         joblib.dump(features, tmp_path / "features.joblib")
         again = joblib.load(tmp_path / "features.joblib")
-    _features._loaded.clear()
+    _backbones._loaded.clear()
     np.testing.assert_array_equal(again.transform(images), expected)
 
 
@@ -652,10 +652,10 @@ def test_backbones_are_shared_and_no_more_are_kept_than_the_bound(images):
     for layers in (None, "layer1", ["layer2", "layer3"]):
         clone(tiny(layers=layers)).fit_transform(images)
         tiny("test_resnet.r160_in1k", layers=layers).fit_transform(images)
-    assert len(_features._loaded) == 1
-    for seed in range(_features.MAX_LOADED + 2):
+    assert len(_backbones._loaded) == 1
+    for seed in range(_backbones.MAX_LOADED + 2):
         tiny(random_state=seed).fit(images)
-    assert len(_features._loaded) == _features.MAX_LOADED
+    assert len(_backbones._loaded) == _backbones.MAX_LOADED
 
 
 def test_weights_hash_depends_on_names_shapes_dtypes_and_values():
@@ -663,7 +663,7 @@ def test_weights_hash_depends_on_names_shapes_dtypes_and_values():
         module = nn.Module()
         for name, values in tensors.items():
             module.register_buffer(name, values)
-        return _features._weights_hash(module)
+        return _backbones.weights_hash(module)
 
     zeros = torch.zeros(2, 3)
     different = [

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import dfkde_sklearn._features as features_module
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _backbones
 from dfkde_sklearn._model import DfkdeModel
 
 
@@ -540,6 +539,6 @@ def test_the_original_in_float32_loses_what_the_log_keeps():
 
 
 def test_nothing_is_left_loaded_for_a_module():
-    before = dict(features_module._loaded)
+    before = dict(_backbones._loaded)
     DfkdeModel(["0"], nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    assert dict(features_module._loaded) == before
+    assert dict(_backbones._loaded) == before

@@ -21,7 +21,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import FunctionTransformer
 
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _features, _persistence
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _backbones, _persistence
 
 METHODS = ("predict", "predict_proba", "p_values", "decision_function", "score_samples", "score")
 
@@ -37,7 +37,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _nothing_loaded_before():
-    _features._loaded.clear()
+    _backbones._loaded.clear()
 
 
 def rows(n, width=12, seed=0, dtype=np.float64):
@@ -124,7 +124,7 @@ def test_names_of_columns_are_kept(tmp_path):
 def test_the_feature_stage_is_kept(stage, tmp_path):
     detector = DFKDEDetector(stage(), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
-    _features._loaded.clear()
+    _backbones._loaded.clear()
     loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
     np.testing.assert_array_equal(loaded.score_samples(pictures(4, 1)), detector.score_samples(pictures(4, 1)))
     fitted, known = vars(loaded.features_), vars(detector.features_)
@@ -358,8 +358,8 @@ def test_load_does_not_ask_the_network_unless_told_to(tmp_path, monkeypatch):
         asked.append(request.full_url)
         raise OSError("no network here")
 
-    monkeypatch.setattr(_features.urllib.request, "urlopen", ask)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+    monkeypatch.setattr(_backbones.urllib.request, "urlopen", ask)
+    with pytest.raises(OSError, match="download=False"):
         DFKDEDetector.load(tmp_path / "d")
     assert asked == []
     with pytest.raises(OSError, match="no network here"):

@@ -1,0 +1,230 @@
+"""What the layers of a network return: read in a forward pass, found out by blank images, pooled to one vector."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Formats kept of networks that were looked at, which a search asks for again in every fold.
+MAX_FORMATS = 64
+_formats: OrderedDict[tuple[Any, ...], list[LayerFormat]] = OrderedDict()
+_looking = threading.Lock()
+
+
+class LayersRead(Exception):  # noqa: N818 (a signal, not an error)
+    """Ends a forward pass once every layer asked for has returned."""
+
+
+class LayerFormat(NamedTuple):
+    """What a layer returns.
+
+    Parameters
+    ----------
+    axes : str
+        "NC", "NCHW", "NHWC", "NLC" or "NCL"; L are tokens.
+    prefix_tokens : int
+        Class and register tokens, which come first.
+    width : int
+        Length of the axis C.
+    """
+
+    axes: str
+    prefix_tokens: int
+    width: int
+
+
+def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
+    """Run a forward pass and call ``visit(name, output)`` when a layer returns, or with the embedding."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), batch)
+    thread = threading.get_ident()
+
+    def hook_for(layer: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001
+            # Named backbones are shared: another thread's pass through this one is none of ours.
+            if threading.get_ident() == thread:
+                visit(layer, output)
+
+        return hook
+
+    modules = dict(network.named_modules())
+    hooks = [modules[layer].register_forward_hook(hook_for(layer)) for layer in layers]
+    try:
+        with torch.inference_mode():
+            batch = batch.to(like)
+            if layers:
+                network(batch)
+            else:
+                visit("", embedding(network, batch))
+    except LayersRead:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def embedding(network: nn.Module, batch: Tensor) -> Any:
+    """Return what timm's models return with ``num_classes=0``, also for one that has its classifier."""
+    timm_model: Any = network
+    if hasattr(timm_model, "forward_head") and getattr(timm_model, "num_classes", None):
+        return timm_model.forward_head(timm_model.forward_features(batch), pre_logits=True)
+    return network(batch)
+
+
+def pooled(output: Tensor, axes: str, prefix_tokens: int, pooling: str) -> Tensor:
+    """Return one vector for each image, (n, C) in float32."""
+    # float16 overflows in the sum over positions and in the third power.
+    output = output.float()
+    if axes == "NC":
+        return output.flatten(1)
+    positions = output.movedim(axes.index("C"), 1).flatten(2)[..., prefix_tokens:]
+    if pooling == "avg":
+        return positions.mean(-1)
+    if pooling == "max":
+        return positions.amax(-1)
+    return positions.clamp(min=1e-6).pow(3).mean(-1).pow(1 / 3)
+
+
+def check_layers(layers: list[str], network: nn.Module, name: str) -> None:
+    """Raise a ValueError unless these are submodules of the network."""
+    if not layers or not all(isinstance(layer, str) for layer in layers):
+        raise ValueError(f"layers={layers}. Allowed: one or several names of submodules, or None.")
+    repeated = [layer for layer, count in Counter(layers).items() if count > 1]
+    if repeated:
+        raise ValueError(f"layers={layers}: {repeated} more than once. Name each layer once.")
+    available = [layer for layer, _ in network.named_modules() if layer]
+    unknown = [layer for layer in layers if layer not in available]
+    if not unknown:
+        return
+    close = [match for layer in unknown for match in difflib.get_close_matches(layer, available)]
+    outer = [layer for layer in available if "." not in layer]
+    raise ValueError(
+        f"layers={unknown} not found in backbone {name!r}."
+        + (f" Did you mean {' or '.join(map(repr, close))}?" if close else "")
+        + f" Available: {', '.join(map(repr, outer))}, and the submodules that named_modules() lists."
+    )
+
+
+def layer_formats(
+    network: nn.Module, fingerprint: str, layers: list[str], size: tuple[int, int], name: str
+) -> list[LayerFormat]:
+    """Return the format of each layer's output, [] being the embedding, found out by forward passes of blank images.
+
+    What was found out of a network is known from then on by its fingerprint.
+    """
+    key = (fingerprint, *layers, *size)
+    with _looking:
+        if key not in _formats:
+            _formats[key] = _found_formats(network, layers, size, name)
+            if len(_formats) > MAX_FORMATS:
+                _formats.popitem(last=False)
+        _formats.move_to_end(key)
+        return _formats[key]
+
+
+def _found_formats(network: nn.Module, layers: list[str], size: tuple[int, int], name: str) -> list[LayerFormat]:
+    height, width = size
+    try:
+        shapes = _output_shapes(network, layers, (height, width))
+    except Exception as error:
+        raise ValueError(
+            f"backbone {name!r} does not take colour images of {height} x {width} pixels: {error!r}."
+            " If another size is right, pass image_size."
+        ) from error
+    owner = f"backbone {name!r}"
+    called = {layer: f"layers={[layer]} of {owner}" if layer else owner for layer in shapes}
+    for layer, found in shapes.items():
+        if len(found) != 1:
+            how_often = f"runs {len(found)} times" if found else "never runs"
+            raise ValueError(f"{called[layer]} {how_often} in a forward pass. Name a layer that runs once.")
+        if isinstance(found[0], str):
+            raise ValueError(f"{called[layer]} returns a {found[0]}, not a tensor. Name a layer that does.")
+        if found[0][:1] != (2,):
+            raise ValueError(f"{called[layer]} returns shape {found[0]} for 2 images: not an entry for each.")
+    taller = None
+    if any(_n_wide_axes(shape) > 1 for (shape,) in shapes.values()):
+        # Networks for one size only refuse this, each with an error of its own.
+        with suppress(Exception):
+            taller = _output_shapes(network, layers, (2 * height, width))
+    formats = []
+    for layer, (shape,) in shapes.items():
+        if _n_wide_axes(shape) <= 1:
+            formats.append(LayerFormat("NC", 0, math.prod(shape[1:])))
+            continue
+        if taller is None or taller[layer][0] == shape:
+            axes, prefix_tokens = _axes_by_size(network, shape, height, width)
+        else:
+            axes, prefix_tokens = _axes_by_growth(network, shape, taller[layer][0])
+        if axes is None:
+            raise ValueError(
+                f"{called[layer]} returns shape {shape} for 2 images of {height} x {width} pixels: which axis"
+                " holds the channels is not certain. Name another layer."
+            )
+        formats.append(LayerFormat(axes, prefix_tokens, shape[axes.index("C")]))
+    return formats
+
+
+def _output_shapes(network: nn.Module, layers: list[str], size: tuple[int, int]) -> dict[str, list[Any]]:
+    """Return what each layer returns for two blank images, time by time: a shape, or the name of a type."""
+    shapes: dict[str, list[Any]] = {layer: [] for layer in layers or [""]}
+
+    def note(layer: str, output: Any) -> None:
+        shapes[layer].append(tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__)
+
+    visit_layers(network, torch.zeros(2, 3, *size), layers, note)
+    return shapes
+
+
+def _n_wide_axes(shape: tuple[int, ...]) -> int:
+    """Count the axes beside the first that are longer than 1: no more than one is a vector for each image."""
+    return sum(length > 1 for length in shape[1:])
+
+
+def _axes_by_growth(network: nn.Module, shape: tuple[int, ...], taller: tuple[int, ...]) -> tuple[str | None, int]:
+    """Return axes and prefix tokens of an output from its shape for an image and for one twice as tall.
+
+    There are as many channels, and as many prefix tokens, for every size of image.
+    """
+    grown = tuple(axis for axis in range(len(shape)) if shape[axis] != taller[axis])
+    named = {"NCHW": (4, 2), "NHWC": (4, 1), "NLC": (3, 1), "NCL": (3, 2)}
+    axes = next((axes for axes, key in named.items() if key == (len(shape), *grown)), None)
+    if axes is None or "L" not in axes:
+        return axes, 0
+    n_prefix = getattr(network, "num_prefix_tokens", 0)
+    constant = 2 * shape[grown[0]] - taller[grown[0]]
+    if n_prefix == 0 or constant == 0:
+        return axes, 0
+    return (axes, n_prefix) if constant == n_prefix else (None, 0)
+
+
+def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width: int) -> tuple[str | None, int]:
+    """Return axes and prefix tokens of an output of a network that takes images of one size only."""
+    if len(shape) == 4:
+        maps = {"NCHW": shape[2:], "NHWC": shape[1:3]}
+        proportional = [axes for axes, (h, w) in maps.items() if h * width == w * height]
+        return (proportional[0] if len(proportional) == 1 else None), 0
+    if len(shape) != 3:
+        return None, 0
+    n_prefix = getattr(network, "num_prefix_tokens", 0)
+    n_patches = [getattr(module, "num_patches", None) for module in network.modules()]
+    lengths = [n + prefix for n in n_patches if isinstance(n, int) for prefix in (0, n_prefix)]
+    widths = [getattr(network, "embed_dim", None), getattr(network, "num_features", None)]
+    widths += [info.get("num_chs") for info in getattr(network, "feature_info", None) or []]
+    fitting = [axis for axis in (1, 2) if shape[axis] in lengths]
+    if len(fitting) != 1:
+        fitting = [axis for axis in (1, 2) if shape[3 - axis] in widths]
+    if len(fitting) != 1:
+        return None, 0
+    axes, length = ("NLC", "NCL")[fitting[0] - 1], shape[fitting[0]]
+    if n_prefix == 0 or length in n_patches:
+        return axes, 0
+    return (axes, n_prefix) if length - n_prefix in n_patches else (None, 0)
