@@ -4,7 +4,8 @@ In the unit ``z = (x - centre) * sqrt(log2 e) / bandwidth``, the kernel of the s
 ``2 ** -(|q - k|^2 / 2)``. Its exponent is one inner product, ``[1, q, -lift] . [-|k|^2 / 2, k, 1]``, plus a number that
 depends on the query alone, ``lift - |q|^2 / 2``. So a tile of many queries against many support rows costs one matrix
 product, one ``exp2`` in place and one sum, in a buffer that stays in a core's cache: see `_log_sums`. The lift keeps
-the sums within the range of floating point; rows for which that fails, or precision, go to `_direct_log_sums`.
+the sums within the range of floating point; rows for which that fails, or precision, go to `_direct_log_sums`, and so
+does work too little for tiles. On a GPU one kernel takes the place of the three calls: see `_triton`.
 
 Two choices are worth several times the speed, and are easily undone. ``exp2`` is vectorised in torch itself, where
 ``exp`` calls a library that is slow on some processors and, 20 to 100 times, where its result underflows. And tiles are
@@ -14,13 +15,15 @@ shared out among threads that each run torch on one core, as torch's own threads
 from __future__ import annotations
 
 import math
+import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +42,32 @@ _FLOAT32_REACH = 64 * math.log2(math.e)
 _borrowing_num_threads = threading.Lock()
 
 _Run = Callable[[Callable[[Any], None], Iterable[Any]], None]
+_P = ParamSpec("_P")
+
+
+def _in_the_memory_there_is(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Call the function with half its `working_memory`, and half of that, as long as the device has too little."""
+
+    @wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        asked = memory = cast(int, kwargs.get("working_memory", WORKING_MEMORY))
+        while True:
+            kwargs["working_memory"] = memory
+            try:
+                return function(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                if memory < 2**20:
+                    tensors = [x for x in args if isinstance(x, Tensor)]
+                    shapes = " and ".join(str(tuple(x.shape)) for x in tensors)
+                    raise torch.OutOfMemoryError(
+                        f"{tensors[0].device} has no memory for the densities of rows of shape {shapes}. Tiles of "
+                        f"{asked} bytes, and smaller ones down to {memory} bytes, were tried, beside a copy of the "
+                        "rows. Free memory there, use device='cpu', or fit fewer rows (max_samples)."
+                    ) from error
+            # Only here, as the error holds on to all that was allocated.
+            memory //= 2
+
+    return wrapper
 
 
 def scott_bandwidth(n: int, d: int) -> float:
@@ -51,6 +80,7 @@ def silverman_bandwidth(n: int, d: int) -> float:
     return (n * (d + 2) / 4.0) ** (-1.0 / (d + 4))
 
 
+@_in_the_memory_there_is
 def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_memory: int = WORKING_MEMORY) -> Tensor:
     """Log density of each query under equal Gaussian kernels at the support rows.
 
@@ -79,21 +109,25 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     >>> log_density(torch.tensor([[0.0], [1e6]]), torch.tensor([[-1.0], [1.0]]), 1.0)
     tensor([-1.4189e+00, -5.0000e+11])
     """
-    out = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=queries.device)
-    with _single_core_threads(queries.device, len(queries) * len(support)) as run:
-        if _computing_dtype(queries) == torch.float32:
-            kernels = _kernels(run, support, bandwidth, torch.float32)
-            near = _is_near(run, queries, kernels).nonzero()[:, 0]
-            out[near] = _log_sums(run, queries, near, kernels, working_memory)
-        # NaN marks what the arithmetic so far did not reach.
-        if len(left := out.isnan().nonzero()[:, 0]):
-            kernels = _kernels(run, support, bandwidth, torch.float64)
-            out[left] = _log_sums(run, queries, left, kernels, working_memory)
-        if len(left := out.isnan().nonzero()[:, 0]):
-            out[left] = _direct_log_sums(run, queries, left, support, bandwidth, working_memory)
+    if _is_little(queries, support):
+        out = _direct_log_sums(_run_in_turn, queries, support, bandwidth, working_memory)
+    else:
+        out = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=queries.device)
+        with _single_core_threads(queries.device, len(queries) * len(support)) as run:
+            if _computing_dtype(queries) == torch.float32:
+                kernels = _kernels(run, support, bandwidth, torch.float32)
+                near = _is_near(run, queries, kernels).nonzero()[:, 0]
+                out[near] = _log_sums(run, queries, near, kernels, working_memory)
+            # NaN marks what the arithmetic so far did not reach.
+            if len(left := out.isnan().nonzero()[:, 0]):
+                kernels = _kernels(run, support, bandwidth, torch.float64)
+                out[left] = _log_sums(run, queries, left, kernels, working_memory)
+            if len(left := out.isnan().nonzero()[:, 0]):
+                out[left] = _direct_log_sums(run, queries[left], support, bandwidth, working_memory)
     return (out - _log_normaliser(len(support), support.shape[1], bandwidth)).to(queries.dtype)
 
 
+@_in_the_memory_there_is
 def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WORKING_MEMORY) -> Tensor:
     """Log density of each support row under the kernels of all the others.
 
@@ -120,15 +154,19 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     n, d = support.shape
     if n < 2:
         raise ValueError(f"leaving one row out of {n} leaves no kernel; at least 2 rows are needed")
-    with _single_core_threads(support.device, n * n) as run:
-        kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
-        n_near = int(_is_near(run, support, kernels).sum())
-        # A far row goes the direct way, which for more than a few costs more than float64 for all.
-        if kernels.rows.dtype == torch.float32 and n - n_near > n // 32:
-            kernels = _kernels(run, support, bandwidth, torch.float64)
-        out = _leave_one_out_log_sums(run, kernels, working_memory)
-        if len(left := out.isnan().nonzero()[:, 0]):
-            out[left] = _direct_log_sums(run, support, left, support, bandwidth, working_memory, leave_one_out=True)
+    if _is_little(support, support):
+        own = torch.arange(n, device=support.device)
+        out = _direct_log_sums(_run_in_turn, support, support, bandwidth, working_memory, own)
+    else:
+        with _single_core_threads(support.device, n * n) as run:
+            kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
+            n_near = int(_is_near(run, support, kernels).sum())
+            # A far row goes the direct way, which for more than a few costs more than float64 for all.
+            if kernels.rows.dtype == torch.float32 and n - n_near > n // 32:
+                kernels = _kernels(run, support, bandwidth, torch.float64)
+            out = _leave_one_out_log_sums(run, kernels, working_memory)
+            if len(left := out.isnan().nonzero()[:, 0]):
+                out[left] = _direct_log_sums(run, support[left], support, bandwidth, working_memory, left)
     return (out - _log_normaliser(n - 1, d, bandwidth)).to(support.dtype)
 
 
@@ -197,6 +235,37 @@ def _peak(points: list[float], objective: Callable[[float], float]) -> float:
     return points[i] + (right**2 * fall_left - left**2 * fall_right) / (right * fall_left + left * fall_right) / 2
 
 
+def _is_little(queries: Tensor, support: Tensor) -> bool:
+    # Threads and tiles take some milliseconds to set up, and the direct way (d + 16) / 8 nanoseconds a pair.
+    n, d = support.shape
+    return len(queries) * n * (d + 16) < 2**24
+
+
+@cache
+def _fused_sums(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Return what takes the place of tiles where Triton runs: on GPUs, and anywhere in its interpreter."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    try:
+        from dfkde_sklearn._triton import exp2_sums
+    except ImportError:
+        return None
+    one_row = torch.zeros(1, 3, dtype=dtype, device=device)
+    try:
+        exp2_sums(one_row, one_row)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: a missing compiler, an unknown GPU
+        warnings.warn(
+            f"Triton cannot build the kernel for densities in {dtype} on {device}: {error.__cause__ or error}. PyTorch "
+            "computes the same more slowly.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return exp2_sums
+
+
 def _log_normaliser(n: int, d: int, bandwidth: float) -> float:
     return math.log(n) + d * math.log(bandwidth) + 0.5 * d * math.log(2 * math.pi)
 
@@ -240,7 +309,7 @@ def _kernels(run: _Run, support: Tensor, bandwidth: float, dtype: torch.dtype) -
         rows[:, 0] = -_half_square_norms(rows[:, 1:-1])
         rows[:, -1] = 1
 
-    run(fill, zip(support.split(2048), kernels.rows.split(2048), strict=True))
+    run(fill, zip(_blocks(support), _blocks(kernels.rows), strict=True))
     return kernels
 
 
@@ -250,6 +319,10 @@ def _scale(bandwidth: float) -> float:
 
 def _sample(rows: Tensor) -> Tensor:
     return rows[:: -(-len(rows) // 128)]
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(2048 if rows.device.type == "cpu" else 2**17)
 
 
 def _half_square_norms(z: Tensor) -> Tensor:
@@ -263,21 +336,25 @@ def _is_near(run: _Run, queries: Tensor, kernels: _Kernels) -> Tensor:
         x, is_near = part
         is_near.copy_(_half_square_norms(kernels.standardised(x)) <= kernels.reach)
 
-    run(fill, zip(queries.split(2048), near.split(2048), strict=True))
+    run(fill, zip(_blocks(queries), _blocks(near), strict=True))
     return near
 
 
 def _log_sums(run: _Run, queries: Tensor, index: Tensor, kernels: _Kernels, working_memory: int) -> Tensor:
     """Log of the sum of all kernels at each of the queries that `index` names; NaN where that is out of reach."""
     n, m = len(kernels.rows), len(index)
-    size, width = _tile_shape(_tile_elements(kernels.rows, working_memory), m)
+    fused = _fused_sums(kernels.rows.device, kernels.rows.dtype)
+    if fused is None:
+        size, width = _tile_shape(_tile_elements(kernels.rows, working_memory), m)
+    else:
+        size, width = _fused_block(kernels.rows, working_memory), n
     tiles = kernels.rows.T.split(width, dim=1)
     # Few queries against many rows are shared out by rows as well, alike for any number of threads.
-    n_shares = max(1, min(64 * size // max(1, m), size * n // 2**22))
+    n_shares = max(1, min(len(tiles), 64 * size // max(1, m), size * n // 2**22))
     shares = [tiles[i * len(tiles) // n_shares : (i + 1) * len(tiles) // n_shares] for i in range(n_shares)]
     sums = torch.empty(n_shares, m, dtype=torch.float64, device=queries.device)
     lifts, half_norms, log_sums = (torch.empty_like(sums[0]) for _ in range(3))
-    scratch = _Scratch(kernels.rows, size * width)
+    scratch = _Scratch(kernels.rows, size * width if fused is None else 0)
 
     def add(item: tuple[int, int]) -> None:
         start, share = item
@@ -290,7 +367,10 @@ def _log_sums(run: _Run, queries: Tensor, index: Tensor, kernels: _Kernels, work
         q[:, -1] = -lift
         partial = q.new_empty(len(shares[share]), len(q))
         for tile, out in zip(shares[share], partial.unbind(), strict=True):
-            torch.sum(_exponents(q, tile, scratch.tile).exp2_(), 1, out=out)
+            if fused is None:
+                torch.sum(_exponents(q, tile, scratch.tile).exp2_(), 1, out=out)
+            else:
+                out.copy_(fused(q, tile.T))
         sums[share, block] = partial.sum(0, dtype=torch.float64)
         lifts[block] = lift
         half_norms[block] = _half_square_norms(q[:, 1:-1])
@@ -327,32 +407,30 @@ def _is_exact(kernels: _Kernels, log2_sum: Tensor, half_norms: Tensor) -> Tensor
 
 
 def _direct_log_sums(
-    run: _Run,
-    queries: Tensor,
-    index: Tensor,
-    support: Tensor,
-    bandwidth: float,
-    working_memory: int,
-    *,
-    leave_one_out: bool = False,
+    run: _Run, queries: Tensor, support: Tensor, bandwidth: float, working_memory: int, own: Tensor | None = None
 ) -> Tensor:
-    """As `_log_sums`, by differences and the largest exponent of all: for the rows that are out of reach of tiles."""
+    """As `_log_sums`, by differences and the largest exponent of all: for little work, and out of reach of tiles.
+
+    `own` names a support row for each query, whose kernel is left out.
+    """
     support = support.double().contiguous()
-    log_sums = torch.empty(len(index), dtype=torch.float64, device=queries.device)
+    log_sums = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
     size = max(1, _tile_elements(support, working_memory) // len(support))
 
-    def fill(part: tuple[Tensor, Tensor]) -> None:
-        own, out = part
-        distances = torch.cdist(queries[own].double(), support, compute_mode="donot_use_mm_for_euclid_dist")
+    def fill(start: int) -> None:
+        block = slice(start, start + size)
+        distances = torch.cdist(queries[block].double(), support, compute_mode="donot_use_mm_for_euclid_dist")
         exponents = distances.mul_(_scale(bandwidth)).square_().mul_(-0.5)
-        if leave_one_out:
-            exponents.scatter_(1, own[:, None], -torch.inf)
+        if own is not None:
+            exponents.scatter_(1, own[block, None], -torch.inf)
         lift = exponents.amax(1)
-        sums = exponents.sub_(lift[:, None]).exp2_().sum(1)
+        exponents.sub_(lift[:, None]).exp2_()
+        # In parts, as torch shares out the sum of one long row among its threads, and rounds it by their number.
+        total = sum(part.sum(1) for part in exponents.split(2**14, dim=1))
         # Where the square of a distance overflows, so does the result.
-        out.copy_(torch.where(lift == -torch.inf, lift, (sums.log2() + lift) * math.log(2)))
+        log_sums[block] = torch.where(lift == -torch.inf, lift, (total.log2() + lift) * math.log(2))
 
-    run(fill, zip(index.split(size), log_sums.split(size), strict=True))
+    run(fill, range(0, len(queries), size))
     return log_sums
 
 
@@ -363,7 +441,11 @@ def _leave_one_out_log_sums(run: _Run, kernels: _Kernels, working_memory: int) -
     lift = 960.0 if rows.dtype == torch.float64 else 64.0
     window = torch.finfo(rows.dtype)
     elements = _tile_elements(rows, working_memory)
-    size, width = _tile_shape(elements, min(n, math.isqrt(elements)))
+    fused = _fused_sums(rows.device, rows.dtype)
+    if fused is None:
+        size, width = _tile_shape(elements, min(n, math.isqrt(elements)))
+    else:
+        size, width, elements = _fused_block(rows, working_memory), n, 0
     n_shares = min(32, -(-n // size))
     sums = torch.zeros(n_shares, n, dtype=torch.float64, device=rows.device)
     log_sums = torch.empty_like(sums[0])
@@ -375,6 +457,9 @@ def _leave_one_out_log_sums(run: _Run, kernels: _Kernels, working_memory: int) -
             stop = start + len(q)
             q[:, -1] = q[:, 0] + lift
             q[:, 0] = 1
+            if fused is not None:
+                sums[share, start:stop] = fused(q, rows, own=start)
+                continue
             own = _exponents(q, columns[:, start:stop], scratch.tile).fill_diagonal_(-torch.inf).exp2_()
             sums[share, start:stop] += own.sum(1)
             for left in range(stop, n, width):
@@ -408,20 +493,25 @@ def _tile_elements(rows: Tensor, working_memory: int) -> int:
     return max(1, working_memory // 8)
 
 
+def _fused_block(rows: Tensor, working_memory: int) -> int:
+    # A query takes its exponents at the sample, and some copies of itself.
+    return max(1, min(2**16, working_memory // (8 * (128 + 4 * rows.shape[1]))))
+
+
+def _run_in_turn(task: Callable[[Any], None], items: Iterable[Any]) -> None:
+    with torch.inference_mode():
+        for item in items:
+            task(item)
+
+
 @contextmanager
 def _single_core_threads(device: torch.device, n_pairs: int) -> Iterator[_Run]:
     """Yield ``run(task, items)``: the task of every item, in any order, in threads that each use one core.
 
-    Off the CPU, and for so few pairs that starting threads costs more than it saves, it is a loop.
+    Off the CPU it is a loop.
     """
-    if device.type != "cpu" or n_pairs < 2**16:
-
-        def run_in_turn(task: Callable[[Any], None], items: Iterable[Any]) -> None:
-            with torch.inference_mode():
-                for item in items:
-                    task(item)
-
-        yield run_in_turn
+    if device.type != "cpu":
+        yield _run_in_turn
         return
 
     n_threads = max(1, min(torch.get_num_threads(), n_pairs // 2**20))

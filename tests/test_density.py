@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import gaussian_kde
 
 from dfkde_sklearn._density import (
+    _in_the_memory_there_is,
     leave_one_out,
     leave_one_out_bandwidth,
     log_density,
@@ -134,15 +135,17 @@ def test_log_density_depends_on_no_other_query(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_results_depend_on_no_number_of_threads(dtype):
-    support = normal_rows(2500, 5).to(dtype)
-    queries = torch.cat([normal_rows(1500, 5, seed=1), rows_of_every_kind(support.double())]).to(dtype)
+@pytest.mark.parametrize(("n", "m"), [(2500, 1500), (300, 150), (70_000, 1), (700_000, 1)])
+def test_results_depend_on_no_number_of_threads(n, m, dtype):
+    support = normal_rows(n, 5).to(dtype)
+    queries = torch.cat([normal_rows(m, 5, seed=1), rows_of_every_kind(support.double())]).to(dtype)
+    queries = queries[:m] if m == 1 else queries
     number = torch.get_num_threads()
     results = []
     try:
         for n_threads in (1, 2, 5):
             torch.set_num_threads(n_threads)
-            results.append((log_density(queries, support, 0.4), leave_one_out(support, 0.4)))
+            results.append((log_density(queries, support, 0.4), leave_one_out(support[:2500], 0.4)))
     finally:
         torch.set_num_threads(number)
     for densities, left_out in results[1:]:
@@ -247,6 +250,37 @@ def test_any_working_memory_gives_the_same_result():
     for working_memory in (5000, 10**9):
         left_out = leave_one_out(support, 0.5, working_memory=working_memory)
         torch.testing.assert_close(left_out, slow_leave_one_out(support, 0.5), rtol=1e-11, atol=1e-11)
+
+
+def device_with_room_for(limit, calls):
+    """A density on a device that has this many bytes for tiles."""
+
+    @_in_the_memory_there_is
+    def density(queries, support, *, working_memory):
+        calls.append(working_memory)
+        if working_memory > limit:
+            raise torch.OutOfMemoryError(f"tried to allocate {working_memory} bytes")
+        return log_density(queries, support, 0.5, working_memory=working_memory)
+
+    return density
+
+
+def test_tiles_shrink_until_they_fit_the_device():
+    support, queries = normal_rows(700, 6), normal_rows(3000, 6, seed=1)
+    calls = []
+    densities = device_with_room_for(5e6, calls)(queries, support, working_memory=2**26)
+    assert calls == [2**26, 2**25, 2**24, 2**23, 2**22]
+    torch.testing.assert_close(densities, log_density(queries, support, 0.5), rtol=1e-13, atol=1e-13)
+
+
+def test_a_device_without_room_for_small_tiles_is_an_error_that_says_what_was_tried():
+    message = (
+        r"cpu has no memory for the densities of rows of shape \(30, 6\) and \(70, 6\). Tiles of 67108864 bytes, and "
+        r"smaller ones down to 524288 bytes, were tried, .* device='cpu'"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=message) as error:
+        device_with_room_for(0, [])(normal_rows(30, 6), normal_rows(70, 6), working_memory=2**26)
+    assert "tried to allocate 524288 bytes" in str(error.value.__cause__)
 
 
 def test_no_matrix_of_queries_by_support_is_held():
