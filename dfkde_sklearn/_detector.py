@@ -89,7 +89,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     singular_values_ : ndarray of shape (`n_components_`,), float64
         Singular values of the centred training rows on the axes.
     n_components_ : int
-        Number of components kept: bounded by `n_components`, the rank of the training rows, and their number less one.
+        Number of components kept: bounded by `n_components`, the rank of the training rows, and the number of rows
+        that are left without one of 20 folds, less one.
     max_length_ : float
         The largest norm of a training row's components, by which "scale" divides.
     bandwidth_ : float

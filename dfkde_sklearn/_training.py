@@ -7,6 +7,7 @@ axes that hold for new rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -144,14 +145,18 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     whole = span(X, settings.working_memory)
     scatter = whole.rows.scatter()
     units = Units(n_features, whole.scale, whole.noise, scatter.new_zeros(2), X.dtype)
-    if not isinstance(n_components, str):
-        found = row_density(whole.rows, scatter, n_components, settings, units)
-    else:
+    if isinstance(n_components, str):
         narrow = narrowed(whole.rows, scatter, FOLD_WIDTH, units)
-        n_predicted = unseen_spectrum(narrow, units.noise).n_predicted(n_features)
+        n_sought: int | float = unseen_spectrum(narrow, units.noise).n_predicted(n_features)
         if narrow.rows.width < whole.rows.width:
-            n_predicted = min(n_predicted, FOLD_WIDTH // _KEPT_SHARE)
-        found = row_density(whole.rows, scatter, n_predicted, settings, units)
+            n_sought = min(n_sought, FOLD_WIDTH // _KEPT_SHARE)
+    else:
+        n_sought = n_components
+    found = row_density(whole.rows, scatter, n_sought, settings, units)
+    # The most axes that rows in general position have without a fold.
+    most = max(1, n - math.ceil(n / min(N_FOLDS, n)) - 1)
+    if found is not None and found.density.axes.shape[1] > most:
+        found = row_density(whole.rows, scatter, most, settings, units)
     if found is None:
         raise ValueError(
             f"The {n} training rows do not differ beyond rounding, so that they have no density. Give at least two "

@@ -356,14 +356,22 @@ def test_max_samples_draws_with_the_random_state():
 # ---- degenerate data
 
 
-def test_fewer_rows_than_components_give_the_density_they_span_and_a_warning():
+def test_fewer_rows_than_components_give_the_density_of_what_the_rows_span():
     X = rows(9, 40)
-    with pytest.warns(UserWarning, match="9 of 9 training rows cannot be scored by a fit without them"):
-        detector = DFKDEDetector().fit(X)
-    assert detector.n_components_ == 8
+    detector = DFKDEDetector().fit(X)
+    # Nine folds of a row: the eight others span seven directions.
+    assert detector.n_components_ == 7
     np.testing.assert_allclose(
         detector.score_samples(X), gaussian_kde(scaled(detector, X).T).logpdf(scaled(detector, X).T)
     )
+
+
+@pytest.mark.parametrize("n", [20, 50])
+def test_with_fewer_rows_than_components_false_alarms_stay_few(n):
+    # With as many components as rows less one there would be no scores of unseen rows, and alarms for most new rows.
+    detectors = [DFKDEDetector(n_components=64).fit(rows(n, 100, seed=seed)) for seed in range(10)]
+    rates = [(detector.predict(rows(500, 100, seed=99 + i)) < 0).mean() for i, detector in enumerate(detectors)]
+    assert np.mean(rates) < 0.08
 
 
 def test_rank_deficient_features_keep_their_rank():

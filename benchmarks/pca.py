@@ -1,0 +1,117 @@
+"""Principal axes: time and error beside scikit-learn's solvers.
+
+    python benchmarks/pca.py
+
+Prints a table in markdown: for each shape and dtype the time of the detector's principal axes (centring and, where
+there are fewer rows than columns, rotation onto the span included) and of each solver of `sklearn.decomposition.PCA`,
+and the sine of the largest angle between the 16 axes found and those of a decomposition in float64. The rounds are
+interleaved, times are medians. At the end it asserts that no solver of equal accuracy is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import subspace_angles
+from sklearn.decomposition import PCA
+
+from dfkde_sklearn._reduction import principal_axes, span
+
+SHAPES = [(40_000, 512), (40_000, 2048), (200, 2048), (1000, 1000)]
+DTYPES = {"float32": 1e-6, "float64": 1e-12}
+SOLVERS = ("full", "covariance_eigh", "arpack", "randomized")
+N_COMPONENTS = 16
+WORKING_MEMORY = 2**26
+# As far as the noise of a shared machine lets two times be told apart.
+MARGIN = 1.1
+
+Axes = NDArray[np.floating]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all solvers (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="only the two small shapes, and no claims")
+    options = parser.parse_args()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "scikit-learn", "numpy", "scipy"))
+    print(f"{packages}; {torch.get_num_threads()} threads, {N_COMPONENTS} components; milliseconds (error)\n")
+    print(f"| rows x columns | dtype | this library | {' | '.join(SOLVERS)} | fastest equal / this library |")
+    print(f"|---|---|---|{'---|' * len(SOLVERS)}---|")
+    claims: dict[str, bool] = {}
+    for shape in SHAPES[2:] if options.quick else SHAPES:
+        wide = features(*shape)
+        reference = exact_axes(wide)
+        for dtype, tolerance in DTYPES.items():
+            # Their float32 values are the data of both.
+            X = wide.astype(dtype)
+            expected = exact_axes(X.astype(np.float64)) if dtype == "float32" else reference
+            solvers: dict[str, Callable[[NDArray[np.floating]], Axes]] = {"this library": own_axes}
+            solvers |= {name: solver(name) for name in SOLVERS if name != "full" or min(shape) <= 1000}
+            times, errors = measured(solvers, X, expected, options.rounds)
+            equal = [name for name in times if name != "this library" and errors[name] <= tolerance]
+            ratio = min((times[name] for name in equal), default=np.inf) / times["this library"]
+            cells = [
+                f"{times[n] * 1e3:.0f} ({errors[n]:.0e})" if n in times else "" for n in ("this library", *SOLVERS)
+            ]
+            rival = f"{ratio:.2f}" if equal else "none is"
+            print(f"| {shape[0]} x {shape[1]} | {dtype} | {' | '.join(cells)} | {rival} |", flush=True)
+            name = f"{shape[0]} x {shape[1]}, {dtype}"
+            claims[f"{name}: error {errors['this library']:.0e}, under {tolerance:.0e}"] = (
+                errors["this library"] < tolerance
+            )
+            claims[f"{name}: no solver of that accuracy is faster ({rival})"] = ratio * MARGIN >= 1
+    print()
+    for claim, holds in claims.items():
+        print(f"- {'holds' if holds else 'FAILS'}: {claim}")
+    if not options.quick:
+        assert all(claims.values()), [claim for claim, holds in claims.items() if not holds]
+
+
+def features(n: int, width: int) -> NDArray[np.float64]:
+    """Return rows with an offset, whose spectrum falls as that of the features of a network."""
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    return (rng.normal(size=(n, width)) * np.arange(1, width + 1) ** -0.75) @ rotation + rng.uniform(0, 2, width)
+
+
+def exact_axes(X: NDArray[np.float64]) -> Axes:
+    centred = X - X.mean(0)
+    centred -= centred.mean(0)
+    if len(X) < 2 * X.shape[1]:
+        return np.linalg.svd(centred, full_matrices=False)[2][:N_COMPONENTS].T
+    return np.linalg.svd(np.linalg.qr(centred, mode="r"))[2][:N_COMPONENTS].T
+
+
+def own_axes(X: NDArray[np.floating]) -> Axes:
+    whole = span(torch.from_numpy(X), WORKING_MEMORY)
+    axes = principal_axes(whole.rows, N_COMPONENTS, whole.noise).axes
+    return (axes if whole.basis is None else whole.basis @ axes).numpy()
+
+
+def solver(name: str) -> Callable[[NDArray[np.floating]], Axes]:
+    return lambda X: PCA(N_COMPONENTS, svd_solver=name, random_state=0).fit(X).components_.T
+
+
+def measured(
+    solvers: dict[str, Callable[[NDArray[np.floating]], Axes]], X: NDArray[np.floating], expected: Axes, n_rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the median time and the error of each solver."""
+    times: dict[str, list[float]] = {name: [] for name in solvers}
+    errors = {}
+    for _ in range(n_rounds):
+        for name, find in solvers.items():
+            start = time.perf_counter()
+            axes = find(X)
+            times[name].append(time.perf_counter() - start)
+            errors[name] = float(np.sin(subspace_angles(expected, axes.astype(np.float64)).max()))
+    return {name: float(np.median(values)) for name, values in times.items()}, errors
+
+
+if __name__ == "__main__":
+    main()
