@@ -36,6 +36,8 @@ _MAX_RATIO = 2.0
 # training rows from others and nothing else. It matters where noise is alike in all directions; features of
 # photographs are not like that.
 _MIN_SIGNAL = 1.25
+# So many rows that a fit has not seen tell their variances to one or two per cent.
+_ENOUGH = 8192
 
 
 class Training(NamedTuple):
@@ -201,23 +203,24 @@ def folds(rows: CentredRows, scatter: Tensor) -> Iterator[Fold]:
 
 
 def unseen_spectrum(narrow: NarrowRows, noise: float) -> UnseenSpectrum:
-    """Return the spread of rows along principal axes of the other rows."""
-    coordinates, variances, beyond = [], [], []
+    """Return the spread of rows along principal axes of the other rows; of many rows, by some `_ENOUGH` of them."""
+    step = -(-len(narrow.rows) // _ENOUGH)
+    squares, variances, beyond = [], [], []
     for fold in folds(narrow.rows, narrow.scatter):
         eigenvalues, axes = eigenpairs(fold.scatter, noise)
-        on_axes = fold.held_out @ axes
-        coordinates.append(on_axes)
+        held_out = fold.held_out[::step]
+        on_axes = held_out @ axes
+        beyond.append((held_out - on_axes @ axes.T).square().sum(1) + narrow.beyond[fold.run][::step])
+        squares.append(on_axes.square_())
         variances.append(eigenvalues / (len(fold.others) - 1))
-        beyond.append((fold.held_out - on_axes @ axes.T).square().sum(1))
-    # Folds may have more axes than others by one or two: these go to what lies beyond the axes.
-    width = min(len(variance) for variance in variances)
-    squares = torch.cat([on_axes[:, :width].square() for on_axes in coordinates])
-    rest = torch.cat([on_axes[:, width:].square().sum(1) for on_axes in coordinates])
-    in_variances = zip(coordinates, variances, strict=True)
-    ratios = torch.cat([on_axes[:, :width].square() / variance[:width] for on_axes, variance in in_variances])
-    return UnseenSpectrum(
-        _bounded_mean(squares), _bounded_mean(ratios), float(_bounded_mean(torch.cat(beyond) + rest + narrow.beyond))
+    # Folds may have an axis or two more than others: what lies along these goes to what lies beyond the axes.
+    width = min(map(len, variances))
+    along = torch.cat([of_fold[:, :width] for of_fold in squares])
+    ratios = torch.cat(
+        [of_fold[:, :width] / of_axes[:width] for of_fold, of_axes in zip(squares, variances, strict=True)]
     )
+    rest = torch.cat([of_fold[:, width:].sum(1) for of_fold in squares]) + torch.cat(beyond)
+    return UnseenSpectrum(_bounded_mean(along), _bounded_mean(ratios), float(_bounded_mean(rest)))
 
 
 def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) -> CrossFitted:

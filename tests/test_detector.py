@@ -131,8 +131,20 @@ def test_auto_keeps_the_axes_that_hold_for_new_rows(n, n_signals, width):
     assert detector.n_components_ == n_signals
 
 
-def test_auto_keeps_all_axes_of_many_rows():
-    assert DFKDEDetector(n_components="auto").fit(rows(900, 12)).n_components_ == 12
+@pytest.mark.parametrize("n", [900, 9000])
+def test_auto_keeps_all_axes_of_many_rows(n):
+    assert DFKDEDetector(n_components="auto").fit(rows(n, 12)).n_components_ == 12
+
+
+def test_some_of_many_rows_tell_the_residual_of_all():
+    X, new = rows(9000, 12), rows(200, 12, seed=2)
+    plain, box = (DFKDEDetector(n_components=4, residual=residual).fit(X) for residual in (None, "box"))
+    left_out = np.linalg.eigvalsh(np.cov(X.T))[:-4]
+    spread = (left_out**2).sum() / left_out.sum()
+    r = ((new - X.mean(0)) ** 2).sum(1) - (((new - X.mean(0)) @ plain.components_.T) ** 2).sum(1)
+    terms = box.score_samples(new) - plain.score_samples(new)
+    # With so many rows unseen ones are like the others: the slope is that of the eigenvalues.
+    assert np.polyfit(r, terms, 1)[0] == pytest.approx(-1 / (2 * spread), rel=0.05)
 
 
 @pytest.mark.parametrize("settings", [{}, {"residual": "box", "contamination": 0.1}, {"scaling": "norm"}])
