@@ -18,15 +18,14 @@ import math
 import os
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor
+
+from dfkde_sklearn._threads import Run, run_in_turn, run_on_single_cores
 
 WORKING_MEMORY = 64 * 2**20  # bytes
 
@@ -38,10 +37,6 @@ _STEP = 48
 # While |q|^2 / 2 is at most 64 nats, inner products of float32 are right to 2e-5 nats up to 64 dimensions.
 _FLOAT32_REACH = 64 * math.log2(math.e)
 
-# torch.set_num_threads is the process's: one call at a time borrows it.
-_borrowing_num_threads = threading.Lock()
-
-_Run = Callable[[Callable[[Any], None], Iterable[Any]], None]
 _P = ParamSpec("_P")
 
 
@@ -109,21 +104,21 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     >>> log_density(torch.tensor([[0.0], [1e6]]), torch.tensor([[-1.0], [1.0]]), 1.0)
     tensor([-1.4189e+00, -5.0000e+11])
     """
+    run = _running(queries.device, len(queries) * len(support))
     if _is_little(queries, support):
-        out = _direct_log_sums(_run_in_turn, queries, support, bandwidth, working_memory)
+        out = _direct_log_sums(run, queries, support, bandwidth, working_memory)
     else:
         out = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=queries.device)
-        with _single_core_threads(queries.device, len(queries) * len(support)) as run:
-            if _computing_dtype(queries) == torch.float32:
-                kernels = _kernels(run, support, bandwidth, torch.float32)
-                near = _is_near(run, queries, kernels).nonzero()[:, 0]
-                out[near] = _log_sums(run, queries, near, kernels, working_memory)
-            # NaN marks what the arithmetic so far did not reach.
-            if len(left := out.isnan().nonzero()[:, 0]):
-                kernels = _kernels(run, support, bandwidth, torch.float64)
-                out[left] = _log_sums(run, queries, left, kernels, working_memory)
-            if len(left := out.isnan().nonzero()[:, 0]):
-                out[left] = _direct_log_sums(run, queries[left], support, bandwidth, working_memory)
+        if _computing_dtype(queries) == torch.float32:
+            kernels = _kernels(run, support, bandwidth, torch.float32)
+            near = _is_near(run, queries, kernels).nonzero()[:, 0]
+            out[near] = _log_sums(run, queries, near, kernels, working_memory)
+        # NaN marks what the arithmetic so far did not reach.
+        if len(left := out.isnan().nonzero()[:, 0]):
+            kernels = _kernels(run, support, bandwidth, torch.float64)
+            out[left] = _log_sums(run, queries, left, kernels, working_memory)
+        if len(left := out.isnan().nonzero()[:, 0]):
+            out[left] = _direct_log_sums(run, queries[left], support, bandwidth, working_memory)
     return (out - _log_normaliser(len(support), support.shape[1], bandwidth)).to(queries.dtype)
 
 
@@ -154,19 +149,19 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     n, d = support.shape
     if n < 2:
         raise ValueError(f"leaving one row out of {n} leaves no kernel; at least 2 rows are needed")
+    run = _running(support.device, n * n)
     if _is_little(support, support):
         own = torch.arange(n, device=support.device)
-        out = _direct_log_sums(_run_in_turn, support, support, bandwidth, working_memory, own)
+        out = _direct_log_sums(run, support, support, bandwidth, working_memory, own)
     else:
-        with _single_core_threads(support.device, n * n) as run:
-            kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
-            n_near = int(_is_near(run, support, kernels).sum())
-            # A far row goes the direct way, which for more than a few costs more than float64 for all.
-            if kernels.rows.dtype == torch.float32 and n - n_near > n // 32:
-                kernels = _kernels(run, support, bandwidth, torch.float64)
-            out = _leave_one_out_log_sums(run, kernels, working_memory)
-            if len(left := out.isnan().nonzero()[:, 0]):
-                out[left] = _direct_log_sums(run, support[left], support, bandwidth, working_memory, left)
+        kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
+        n_near = int(_is_near(run, support, kernels).sum())
+        # A far row goes the direct way, which for more than a few costs more than float64 for all.
+        if kernels.rows.dtype == torch.float32 and n - n_near > n // 32:
+            kernels = _kernels(run, support, bandwidth, torch.float64)
+        out = _leave_one_out_log_sums(run, kernels, working_memory)
+        if len(left := out.isnan().nonzero()[:, 0]):
+            out[left] = _direct_log_sums(run, support[left], support, bandwidth, working_memory, left)
     return (out - _log_normaliser(n - 1, d, bandwidth)).to(support.dtype)
 
 
@@ -236,7 +231,7 @@ def _peak(points: list[float], objective: Callable[[float], float]) -> float:
 
 
 def _is_little(queries: Tensor, support: Tensor) -> bool:
-    # Threads and tiles take some milliseconds to set up, and the direct way (d + 16) / 8 nanoseconds a pair.
+    # Tiles take some milliseconds to set up, and the direct way (d + 16) / 8 nanoseconds a pair.
     n, d = support.shape
     return len(queries) * n * (d + 16) < 2**24
 
@@ -296,7 +291,7 @@ class _Kernels(NamedTuple):
         return (x.double() - self.centre).mul_(self.scale)
 
 
-def _kernels(run: _Run, support: Tensor, bandwidth: float, dtype: torch.dtype) -> _Kernels:
+def _kernels(run: Run, support: Tensor, bandwidth: float, dtype: torch.dtype) -> _Kernels:
     n, d = support.shape
     # Distances are the same about any centre. One amid the rows keeps norms, and so rounding, small; the median stays
     # there whatever a few rows do.
@@ -329,7 +324,7 @@ def _half_square_norms(z: Tensor) -> Tensor:
     return z.double().square().sum(1) / 2
 
 
-def _is_near(run: _Run, queries: Tensor, kernels: _Kernels) -> Tensor:
+def _is_near(run: Run, queries: Tensor, kernels: _Kernels) -> Tensor:
     near = torch.empty(len(queries), dtype=torch.bool, device=queries.device)
 
     def fill(part: tuple[Tensor, Tensor]) -> None:
@@ -340,7 +335,7 @@ def _is_near(run: _Run, queries: Tensor, kernels: _Kernels) -> Tensor:
     return near
 
 
-def _log_sums(run: _Run, queries: Tensor, index: Tensor, kernels: _Kernels, working_memory: int) -> Tensor:
+def _log_sums(run: Run, queries: Tensor, index: Tensor, kernels: _Kernels, working_memory: int) -> Tensor:
     """Log of the sum of all kernels at each of the queries that `index` names; NaN where that is out of reach."""
     n, m = len(kernels.rows), len(index)
     fused = _fused_sums(kernels.rows.device, kernels.rows.dtype)
@@ -407,7 +402,7 @@ def _is_exact(kernels: _Kernels, log2_sum: Tensor, half_norms: Tensor) -> Tensor
 
 
 def _direct_log_sums(
-    run: _Run, queries: Tensor, support: Tensor, bandwidth: float, working_memory: int, own: Tensor | None = None
+    run: Run, queries: Tensor, support: Tensor, bandwidth: float, working_memory: int, own: Tensor | None = None
 ) -> Tensor:
     """As `_log_sums`, by differences and the largest exponent of all: for little work, and out of reach of tiles.
 
@@ -434,7 +429,7 @@ def _direct_log_sums(
     return log_sums
 
 
-def _leave_one_out_log_sums(run: _Run, kernels: _Kernels, working_memory: int) -> Tensor:
+def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) -> Tensor:
     """As `_log_sums`, for the support itself without each row's own kernel; a tile serves its rows and its columns."""
     rows, columns, n = kernels.rows, kernels.rows.T, len(kernels.rows)
     # Rows and columns can share a tile only under the same lift: one that uses the range of floating point to its top.
@@ -498,60 +493,9 @@ def _fused_block(rows: Tensor, working_memory: int) -> int:
     return max(1, min(2**16, working_memory // (8 * (128 + 4 * rows.shape[1]))))
 
 
-def _run_in_turn(task: Callable[[Any], None], items: Iterable[Any]) -> None:
-    with torch.inference_mode():
-        for item in items:
-            task(item)
+def _running(device: torch.device, n_pairs: int) -> Run:
+    """Return what runs tasks for so many pairs: single cores, or off the CPU a loop.
 
-
-@contextmanager
-def _single_core_threads(device: torch.device, n_pairs: int) -> Iterator[_Run]:
-    """Yield ``run(task, items)``: the task of every item, in any order, in threads that each use one core.
-
-    Off the CPU it is a loop.
+    A single core for little work too: to wake torch's own threads may take milliseconds.
     """
-    if device.type != "cpu":
-        yield _run_in_turn
-        return
-
-    n_threads = max(1, min(torch.get_num_threads(), n_pairs // 2**20))
-    ready = threading.Barrier(n_threads + 1)
-    found: list[int] = []
-
-    def start() -> None:
-        # A new thread takes over the process's number at its first use of it, which must not come after the next line.
-        found.append(torch.get_num_threads())
-        torch.set_num_threads(1)
-        # In these threads alone. Numbers below the normal range cost 3 to 5 times as much, and count for nothing here.
-        torch.set_flush_denormal(True)
-        ready.wait()
-
-    with ThreadPoolExecutor(n_threads) as pool:
-        with _borrowing_num_threads:
-            for _ in range(n_threads):
-                pool.submit(start)
-            ready.wait()
-            # In a thread of its own, as it would set the number of the calling thread too.
-            restore = threading.Thread(target=torch.set_num_threads, args=(max(found),))
-            restore.start()
-            restore.join()
-
-        def run_in_threads(task: Callable[[Any], None], items: Iterable[Any]) -> None:
-            queue = deque(items)
-
-            @torch.inference_mode()
-            def drain() -> None:
-                while True:
-                    try:
-                        item = queue.popleft()
-                    except IndexError:
-                        return
-                    task(item)
-
-            try:
-                for drained in [pool.submit(drain) for _ in range(n_threads)]:
-                    drained.result()
-            finally:
-                queue.clear()
-
-        yield run_in_threads
+    return run_on_single_cores(n_pairs // 2**20) if device.type == "cpu" else run_in_turn

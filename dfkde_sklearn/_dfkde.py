@@ -27,6 +27,10 @@ from dfkde_sklearn._reduction import (
     centred_rows,
     principal_axes,
 )
+from dfkde_sklearn._threads import run_in_turn, run_on_single_cores
+
+# Rows scored at a time: enough to pay for a call, and few enough that copies of their coordinates take little memory.
+_ROWS = 2**14
 
 Scaling = Literal["scale", "norm"] | None
 Bandwidth = Literal["scott", "silverman", "loo"] | float
@@ -112,25 +116,17 @@ class RowDensity:
     residual: ResidualTerm | None
     gaussian_residual: ResidualTerm | None
 
-    def log_density(self, rows: Tensor, working_memory: int, beyond: Tensor | float = 0.0) -> Tensor:
-        """Return the natural log of the density of each row, residual term included, of shape (n,).
-
-        `beyond` (n,) is the squared distance of the rows from their features, where they are not all of these.
-        """
-        if self.residual is None:
-            return self.kernel_log_density((rows - self.centre) @ self.axes, working_memory)
-        coordinates, squared_distances = self.split(rows)
-        log_densities = self.kernel_log_density(coordinates, working_memory)
-        return self.with_residual(log_densities, squared_distances + beyond)
+    def log_density(self, coordinates: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
+        """Return the natural log of the density of rows that `split` took apart, residual term included, (n,)."""
+        return self.with_residual(self.kernel_log_density(coordinates, working_memory), squared_distances)
 
     def kernel_log_density(self, coordinates: Tensor, working_memory: int) -> Tensor:
         """Return the natural log of the kernel density of coordinates (n, d) on the axes."""
         whitened = self.whiten(coordinates)
         return log_density(whitened, self.support, self.bandwidth, working_memory=working_memory) + self.log_volume
 
-    def full_log_density(self, rows: Tensor, working_memory: int) -> Tensor:
+    def full_log_density(self, coordinates: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
         """Return the natural log of the density in the whole feature space, whatever `residual` scores with."""
-        coordinates, squared_distances = self.split(rows)
         log_densities = self.kernel_log_density(coordinates, working_memory).double() + self.log_jacobian
         if self.gaussian_residual is not None:
             log_densities += self.gaussian_residual.log_density(squared_distances)
@@ -193,12 +189,30 @@ class FeatureDensity:
 
         `full` asks for the density in the whole feature space, whatever residual term the scores have.
         """
-        of_rows = self.density.full_log_density if full else self.density.log_density
-        # Blocks of 8 MiB have copies on the axes, whitened and so on; fewer rows would not pay for a call.
-        block_memory = min(working_memory, 8 * max(2**20, 2**14 * X.shape[1]))
-        rows = centred_rows(X, self.mean, self.scale, block_memory)
-        parts = [of_rows(block, working_memory) for block in rows.blocks()]
-        return torch.cat(parts)
+        of_split = self.density.full_log_density if full else self.density.log_density
+        rows = centred_rows(X, self.mean, self.scale, working_memory)
+        runs = [(start, min(start + _ROWS, len(rows))) for start in range(0, len(rows), _ROWS)]
+        return torch.cat([of_split(*self._split(rows, *run), working_memory) for run in runs])
+
+    def _split(self, rows: CentredRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return `RowDensity.split` of the rows from `start` to `stop`."""
+        d = self.density.axes.shape[1]
+        coordinates = rows.mean.new_empty(stop - start, d)
+        squared_distances = coordinates.new_empty(stop - start)
+
+        def fill(block: slice) -> None:
+            coordinates[block], squared_distances[block] = self.density.split(
+                rows.rows(start + block.start, start + block.stop)
+            )
+
+        n = rows.block_rows
+        blocks = [slice(i, min(i + n, stop - start)) for i in range(0, stop - start, n)]
+        # torch's own threads, after their work, spin on cores that are needed for the kernels.
+        n_threads = (stop - start) * rows.width * d // 2**22
+        on_cpu = n_threads > 1 and rows.X.device.type == "cpu"
+        run = run_on_single_cores(n_threads) if on_cpu else run_in_turn
+        run(fill, blocks)
+        return coordinates, squared_distances
 
 
 class TrimmedDensity(NamedTuple):

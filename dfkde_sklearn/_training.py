@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings, TrimmedDensity, Units, residual_term, row_density
 from dfkde_sklearn._reduction import CentredRows, eigenpairs, principal_axes, span
+from dfkde_sklearn._threads import one_blas_thread
 
 # Measured on features of photographs, 10 folds, 20, and one a row hold the false-alarm rate equally well.
 N_FOLDS = 20
@@ -132,6 +133,7 @@ class UnseenSpectrum(NamedTuple):
         return float(rest.sum()) + self.beyond, float(rest.square().sum()) + squares
 
 
+@one_blas_thread()
 def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings) -> Training:
     """Fit the density to the training rows `X` (n, n_features), float32 or float64.
 

@@ -150,6 +150,13 @@ def test_fit_reports_the_auroc_and_false_alarms_of_a_test_folder(textures, tmp_p
     assert f"({n_alarms} of 20 good images" in fact(printed, "False alarms held")
 
 
+def test_fit_keeps_the_components_that_hold_for_new_images(textures, tmp_path):
+    assert run("fit", textures, *SCATTERING, "--model", tmp_path / "model", "--n-components", "auto") == 0
+    detector = joblib.load(tmp_path / "model")["detector"]
+    assert detector.n_components == "auto"
+    assert detector.n_components_ > 16
+
+
 def test_fit_shows_a_bad_image_among_the_good_ones(textures, tmp_path, capsys):
     good = tmp_path / "good"
     good.mkdir()
@@ -441,7 +448,9 @@ def test_a_mistake_is_one_line_on_standard_error(mistake, fitted, textures, odd,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [[], ["fit"], ["score", "model"], ["demo", "--material", "jelly"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fit"], ["score", "model"], ["demo", "--material", "jelly"], ["fit", "a", "--n-components", "b"]]
+)
 def test_wrong_arguments_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
