@@ -4,8 +4,8 @@ In the unit ``z = (x - centre) * sqrt(log2 e) / bandwidth``, the kernel of the s
 ``2 ** -(|q - k|^2 / 2)``. Its exponent is one inner product, ``[1, q, -lift] . [-|k|^2 / 2, k, 1]``, plus a number that
 depends on the query alone, ``lift - |q|^2 / 2``. So a tile of many queries against many support rows costs one matrix
 product, one ``exp2`` in place and one sum, in a buffer that stays in a core's cache: see `_log_sums`. The lift keeps
-the sums within the range of floating point; rows for which that fails, or precision, go to `_direct_log_sums`, and so
-does work too little for tiles. On a GPU one kernel takes the place of the three calls: see `_triton`.
+the sums within the range of floating point; rows for which that fails, or precision, go to `_direct_log_sums`; work too
+little for tiles goes to `_small_log_sums`. On a GPU one kernel takes the place of the three calls: see `_triton`.
 
 Two choices are worth several times the speed, and are easily undone. ``exp2`` is vectorised in torch itself, where
 ``exp`` calls a library that is slow on some processors and, 20 to 100 times, where its result underflows. And tiles are
@@ -22,7 +22,9 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import NamedTuple, ParamSpec, cast
 
+import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from dfkde_sklearn._threads import Run, run_in_turn, run_on_single_cores
@@ -104,10 +106,10 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     >>> log_density(torch.tensor([[0.0], [1e6]]), torch.tensor([[-1.0], [1.0]]), 1.0)
     tensor([-1.4189e+00, -5.0000e+11])
     """
-    run = _running(queries.device, len(queries) * len(support))
     if _is_little(queries, support):
-        out = _direct_log_sums(run, queries, support, bandwidth, working_memory)
+        out = _small_log_sums(queries, support, bandwidth)
     else:
+        run = _running(queries.device, len(queries) * len(support))
         out = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=queries.device)
         if _computing_dtype(queries) == torch.float32:
             kernels = _kernels(run, support, bandwidth, torch.float32)
@@ -149,11 +151,10 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     n, d = support.shape
     if n < 2:
         raise ValueError(f"leaving one row out of {n} leaves no kernel; at least 2 rows are needed")
-    run = _running(support.device, n * n)
     if _is_little(support, support):
-        own = torch.arange(n, device=support.device)
-        out = _direct_log_sums(run, support, support, bandwidth, working_memory, own)
+        out = _small_log_sums(support, support, bandwidth, leave_one_out=True)
     else:
+        run = _running(support.device, n * n)
         kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
         n_near = int(_is_near(run, support, kernels).sum())
         # A far row goes the direct way, which for more than a few costs more than float64 for all.
@@ -231,9 +232,21 @@ def _peak(points: list[float], objective: Callable[[float], float]) -> float:
 
 
 def _is_little(queries: Tensor, support: Tensor) -> bool:
-    # Tiles take some milliseconds to set up, and the direct way (d + 16) / 8 nanoseconds a pair.
     n, d = support.shape
-    return len(queries) * n * (d + 16) < 2**24
+    return queries.device.type == "cpu" and len(queries) * n * (d + 16) < 2**24
+
+
+def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave_one_out: bool = False) -> Tensor:
+    """As `_direct_log_sums`, for little work: in NumPy, as to wake torch's threads, or ours, may take milliseconds."""
+    exponents = cdist(queries.detach().double().numpy(), support.detach().double().numpy(), "sqeuclidean")
+    exponents *= -0.5 * _scale(bandwidth) ** 2
+    if leave_one_out:
+        np.fill_diagonal(exponents, -np.inf)
+    lift = exponents.max(1)
+    # Where the square of a distance overflows, so does the result.
+    exponents -= np.where(lift == -np.inf, 0.0, lift)[:, None]
+    log2_sums = np.log2(np.exp2(exponents, out=exponents).sum(1), where=lift != -np.inf, out=np.zeros_like(lift))
+    return torch.from_numpy((log2_sums + lift) * math.log(2))
 
 
 @cache
@@ -404,7 +417,7 @@ def _is_exact(kernels: _Kernels, log2_sum: Tensor, half_norms: Tensor) -> Tensor
 def _direct_log_sums(
     run: Run, queries: Tensor, support: Tensor, bandwidth: float, working_memory: int, own: Tensor | None = None
 ) -> Tensor:
-    """As `_log_sums`, by differences and the largest exponent of all: for little work, and out of reach of tiles.
+    """As `_log_sums`, by differences and the largest exponent of all: for what is out of reach of tiles.
 
     `own` names a support row for each query, whose kernel is left out.
     """
@@ -494,8 +507,5 @@ def _fused_block(rows: Tensor, working_memory: int) -> int:
 
 
 def _running(device: torch.device, n_pairs: int) -> Run:
-    """Return what runs tasks for so many pairs: single cores, or off the CPU a loop.
-
-    A single core for little work too: to wake torch's own threads may take milliseconds.
-    """
+    """Return what runs tasks for so many pairs: single cores, or off the CPU a loop."""
     return run_on_single_cores(n_pairs // 2**20) if device.type == "cpu" else run_in_turn

@@ -116,18 +116,17 @@ class RowDensity:
     residual: ResidualTerm | None
     gaussian_residual: ResidualTerm | None
 
-    def log_density(self, coordinates: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
-        """Return the natural log of the density of rows that `split` took apart, residual term included, (n,)."""
-        return self.with_residual(self.kernel_log_density(coordinates, working_memory), squared_distances)
+    def log_density(self, whitened: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
+        """Return the natural log of the density of rows that `split` and `whiten` took apart, with the residual."""
+        return self.with_residual(self.kernel_log_density(whitened, working_memory), squared_distances)
 
-    def kernel_log_density(self, coordinates: Tensor, working_memory: int) -> Tensor:
-        """Return the natural log of the kernel density of coordinates (n, d) on the axes."""
-        whitened = self.whiten(coordinates)
+    def kernel_log_density(self, whitened: Tensor, working_memory: int) -> Tensor:
+        """Return the natural log of the kernel density of whitened rows (n, d)."""
         return log_density(whitened, self.support, self.bandwidth, working_memory=working_memory) + self.log_volume
 
-    def full_log_density(self, coordinates: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
+    def full_log_density(self, whitened: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
         """Return the natural log of the density in the whole feature space, whatever `residual` scores with."""
-        log_densities = self.kernel_log_density(coordinates, working_memory).double() + self.log_jacobian
+        log_densities = self.kernel_log_density(whitened, working_memory).double() + self.log_jacobian
         if self.gaussian_residual is not None:
             log_densities += self.gaussian_residual.log_density(squared_distances)
         return log_densities
@@ -189,30 +188,31 @@ class FeatureDensity:
 
         `full` asks for the density in the whole feature space, whatever residual term the scores have.
         """
-        of_split = self.density.full_log_density if full else self.density.log_density
+        of_rows = self.density.full_log_density if full else self.density.log_density
         rows = centred_rows(X, self.mean, self.scale, working_memory)
         runs = [(start, min(start + _ROWS, len(rows))) for start in range(0, len(rows), _ROWS)]
-        return torch.cat([of_split(*self._split(rows, *run), working_memory) for run in runs])
+        return torch.cat([of_rows(*self._whitened(rows, *run), working_memory) for run in runs])
 
-    def _split(self, rows: CentredRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return `RowDensity.split` of the rows from `start` to `stop`."""
+    def _whitened(self, rows: CentredRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the rows from `start` to `stop`, whitened on the axes, and their squared distances from these."""
         d = self.density.axes.shape[1]
-        coordinates = rows.mean.new_empty(stop - start, d)
-        squared_distances = coordinates.new_empty(stop - start)
+        whitened = self.density.support.new_empty(stop - start, d)
+        squared_distances = rows.mean.new_empty(stop - start)
 
         def fill(block: slice) -> None:
-            coordinates[block], squared_distances[block] = self.density.split(
+            coordinates, squared_distances[block] = self.density.split(
                 rows.rows(start + block.start, start + block.stop)
             )
+            whitened[block] = self.density.whiten(coordinates)
 
         n = rows.block_rows
         blocks = [slice(i, min(i + n, stop - start)) for i in range(0, stop - start, n)]
-        # torch's own threads, after their work, spin on cores that are needed for the kernels.
-        n_threads = (stop - start) * rows.width * d // 2**22
-        on_cpu = n_threads > 1 and rows.X.device.type == "cpu"
-        run = run_on_single_cores(n_threads) if on_cpu else run_in_turn
+        # Not in torch's own threads, which it uses for all but tiny products: to wake them may take milliseconds, and
+        # after their work they spin on cores that are needed for the kernels.
+        n_entries = (stop - start) * rows.width
+        run = run_on_single_cores(n_entries * d // 2**22) if rows.X.is_cpu and n_entries > 2**8 else run_in_turn
         run(fill, blocks)
-        return coordinates, squared_distances
+        return whitened, squared_distances
 
 
 class TrimmedDensity(NamedTuple):

@@ -257,7 +257,8 @@ def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) 
         found = row_density(fold.others, fold.scatter, d, settings, narrow.units)
         if found is not None and found.density.axes.shape[1] == d:
             coordinates, distances = found.density.split(fold.held_out)
-            log_densities[fold.run] = found.density.kernel_log_density(coordinates, settings.working_memory)
+            whitened = found.density.whiten(coordinates)
+            log_densities[fold.run] = found.density.kernel_log_density(whitened, settings.working_memory)
             squared_distances[fold.run] = distances + narrow.beyond[fold.run]
     return CrossFitted(log_densities, squared_distances)
 
