@@ -50,13 +50,13 @@ TIMES_FASTER = {
     "float32": {"SciPy": 45, "scikit-learn": 85, "the original": 10, "the best other": 3},
 }
 # Leave-one-out of 40 000 rows, in pairs of rows a second, against SciPy's scoring.
-LEAVE_ONE_OUT_TIMES_SCIPY = {"float64": 64, "float32": 107}
+LEAVE_ONE_OUT_TIMES_SCIPY = {"float64": 50, "float32": 100}
 # The search for a bandwidth, in leave-one-out passes over the same rows.
 BANDWIDTH_PASSES = 6
 # No other shape takes more than so many times the seconds a pair of 40 000 x 16, after the product's own difference.
 CLIFF = 3
 # From so many pairs upwards, by dimensions, a call takes no longer than SciPy's.
-FEWEST_PAIRS = {2: 50_000, 16: 50_000}
+FEWEST_PAIRS = {2: 40_000, 16: 40_000}
 # Scoring 1e6 x 16 rows adds so many bytes to its input and output.
 ADDED_BYTES = 100e6
 
