@@ -223,7 +223,7 @@ def _leading_eigenpairs(symmetric: Tensor, n: int) -> tuple[Tensor, Tensor]:
     width = len(symmetric)
     if symmetric.device.type != "cpu":
         eigenvalues, vectors = torch.linalg.eigh(symmetric)
-    elif n > width // 4:
+    elif n > width // 4 and width > 1:  # for one column, SciPy 1.12 gives "evd" too little memory
         eigenvalues, vectors = map(torch.from_numpy, scipy.linalg.eigh(symmetric.numpy(), driver="evd"))
     else:
         # A few of many vectors cost a third of all.
