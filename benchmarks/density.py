@@ -36,8 +36,8 @@ from sklearn.neighbors import KernelDensity
 
 from dfkde_sklearn import DFKDEDetector
 from dfkde_sklearn._density import (
-    _COLUMNS,
-    _QUERIES,
+    _TILE_QUERIES,
+    _TILE_ROWS,
     leave_one_out,
     leave_one_out_bandwidth,
     scott_bandwidth,
@@ -158,12 +158,12 @@ PEERS: dict[str, Callable[[Problem, int], Scorer]] = {
 def bare_tiles(n_pairs: int, d: int, dtype: str, product: bool) -> Scorer:
     """Return what computes so many pairs of nothing but products into a tile, or powers of what lies in it."""
     kind = getattr(torch, dtype)
-    left, right = torch.rand(_QUERIES, d + 2, dtype=kind), torch.rand(d + 2, _COLUMNS, dtype=kind)
-    n_tiles = n_pairs // (_QUERIES * _COLUMNS)
+    left, right = torch.rand(_TILE_QUERIES, d + 2, dtype=kind), torch.rand(d + 2, _TILE_ROWS, dtype=kind)
+    n_tiles = n_pairs // (_TILE_QUERIES * _TILE_ROWS)
 
     def compute() -> None:
         def work(tiles: int) -> None:
-            tile = torch.zeros(_QUERIES, _COLUMNS, dtype=kind)
+            tile = torch.zeros(_TILE_QUERIES, _TILE_ROWS, dtype=kind)
             for _ in range(tiles):
                 if product:
                     torch.mm(left, right, out=tile)
@@ -198,7 +198,7 @@ def rates(p: Problem, names: Iterable[str], rounds: int, slow_pairs: float) -> d
     """Return pairs a second: of the peers of these names, our own, of a bare product, and at the limit."""
     n, (m, d), dtype = len(p.support), p.X.shape, str(p.X.dtype)
     few = max(1, min(m, round(slow_pairs / n)))
-    in_tiles = 256 * _QUERIES * _COLUMNS
+    in_tiles = 256 * _TILE_QUERIES * _TILE_ROWS
     calls = {OURS: our_scorer(p, m), **{name: PEERS[name](p, few) for name in names}}
     calls |= {"product": bare_tiles(in_tiles, d, dtype, product=True), "exp2": bare_tiles(in_tiles, d, dtype, False)}
     taken = medians(calls, rounds)

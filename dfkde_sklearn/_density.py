@@ -2,21 +2,19 @@
 
 In the unit ``z = (x - centre) * sqrt(log2 e) / bandwidth``, the kernel of the support row k at the query q is
 ``2 ** -(|q - k|^2 / 2)``. Its exponent is one inner product, ``[1, q, -lift] . [-|k|^2 / 2, k, 1]``, plus a number that
-depends on the query alone, ``lift - |q|^2 / 2``. So a tile of many queries against many support rows costs one matrix
-product, one ``exp2`` in place and one sum, in a buffer that stays in a core's cache: see `_log_sums`. The lift keeps
-the sums within the range of floating point; rows for which that fails, or precision, go to `_direct_log_sums`; work too
-little for tiles goes to `_small_log_sums`. On a GPU one kernel takes the place of the three calls: see `_triton`.
+depends on the query alone, ``lift - |q|^2 / 2``. So the sum of all kernels is ``exp2_sums(q, rows)``, the row sums of
+``exp2(q @ rows.T)``: see `_log_sums`. On a CPU one loop of machine code computes them (`_llvm`), on a GPU one kernel
+(`_triton`), and elsewhere a product, an exp2 and a sum a tile (`_tiles`).
 
-Two choices are worth several times the speed, and are easily undone. ``exp2`` is vectorised in torch itself, where
-``exp`` calls a library that is slow on some processors and, 20 to 100 times, where its result underflows. And tiles are
-shared out among threads that each run torch on one core, as torch's own threads wait for one another in every call.
+The lift keeps the sums within the range of floating point; rows for which that fails, or precision, go to
+`_direct_log_sums`; work too little to be shared out goes to `_small_log_sums`. Blocks of queries are shared out among
+threads that each use one core, as torch's own threads wait for one another in every call.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
@@ -27,14 +25,19 @@ import torch
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from dfkde_sklearn._threads import Run, run_in_turn, run_on_single_cores
+from dfkde_sklearn._threads import Run, product, run_in_turn, run_on_single_cores
+from dfkde_sklearn._tiles import Tiles
 
 WORKING_MEMORY = 64 * 2**20  # bytes
 
-# A full tile of float64 takes 1.9 MiB, near what a core keeps close. Products are fastest at multiples of 48 columns.
-_QUERIES = 512
-_COLUMNS = 480
-_STEP = 48
+# Queries of a block: full panels of `_llvm`, whatever the width of vectors.
+_QUERIES = 1152
+# A tile of `_tiles` takes 1.9 MiB in float64, near what a core keeps close.
+_TILE_ROWS, _TILE_QUERIES = 480, 512
+# Sums of which the logarithm is taken at once: less than what torch shares out among threads of its own.
+_FINISHED_AT_ONCE = 2**14
+# Less than so many pairs are not worth a share of their own.
+_PAIRS_A_SHARE = 2**20
 
 # While |q|^2 / 2 is at most 64 nats, inner products of float32 are right to 2e-5 nats up to 64 dimensions.
 _FLOAT32_REACH = 64 * math.log2(math.e)
@@ -116,7 +119,9 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
             near = _is_near(run, queries, kernels).nonzero()[:, 0]
             out[near] = _log_sums(run, queries, near, kernels, working_memory)
         # NaN marks what the arithmetic so far did not reach.
-        if len(left := out.isnan().nonzero()[:, 0]):
+        if len(left := out.isnan().nonzero()[:, 0]) and _is_little(queries[left], support):
+            out[left] = _small_log_sums(queries[left], support, bandwidth)
+        elif len(left):
             kernels = _kernels(run, support, bandwidth, torch.float64)
             out[left] = _log_sums(run, queries, left, kernels, working_memory)
         if len(left := out.isnan().nonzero()[:, 0]):
@@ -233,29 +238,38 @@ def _peak(points: list[float], objective: Callable[[float], float]) -> float:
 
 def _is_little(queries: Tensor, support: Tensor) -> bool:
     n, d = support.shape
-    return queries.device.type == "cpu" and len(queries) * n * (d + 16) < 2**24
+    return queries.device.type == "cpu" and len(queries) * n * (d + 16) < 2**22
 
 
 def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave_one_out: bool = False) -> Tensor:
-    """As `_direct_log_sums`, for little work: in NumPy, as to wake torch's threads, or ours, may take milliseconds."""
-    exponents = cdist(queries.detach().double().numpy(), support.detach().double().numpy(), "sqeuclidean")
-    exponents *= -0.5 * _scale(bandwidth) ** 2
+    """As `_direct_log_sums`, for little work: in the calling thread, as to wake others may take milliseconds."""
+    # NumPy and SciPy have no threads for this; torch, of the faster exp2, has for more numbers at once.
+    distances = cdist(queries.detach().double().numpy(), support.detach().double().numpy(), "sqeuclidean")
     if leave_one_out:
-        np.fill_diagonal(exponents, -np.inf)
-    lift = exponents.max(1)
-    # Where the square of a distance overflows, so does the result.
-    exponents -= np.where(lift == -np.inf, 0.0, lift)[:, None]
-    log2_sums = np.log2(np.exp2(exponents, out=exponents).sum(1), where=lift != -np.inf, out=np.zeros_like(lift))
-    return torch.from_numpy((log2_sums + lift) * math.log(2))
+        np.fill_diagonal(distances, np.inf)
+    factor = -0.5 * _scale(bandwidth) ** 2
+    nearest = distances.min(1)
+    distances -= (nearest if nearest.max(initial=0.0) < np.inf else np.where(nearest < np.inf, nearest, 0.0))[:, None]
+    distances *= factor
+    exponents = distances.reshape(-1)
+    for start in range(0, len(exponents), 2**14):
+        torch.from_numpy(exponents[start : start + 2**14]).exp2_()
+    # No sum is under 1, but where the squares of all distances overflow: so does the result.
+    return torch.from_numpy((np.log2(np.maximum(distances.sum(1), 1.0)) + factor * nearest) * math.log(2))
 
 
 @cache
-def _fused_sums(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """Return what takes the place of tiles where Triton runs: on GPUs, and anywhere in its interpreter."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+def _compiled_sums(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Return `exp2_sums` in code for the device: by Triton on GPUs and anywhere in its interpreter, by LLVM on CPUs."""
+    by_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if not by_triton and device.type != "cpu":
         return None
+    exp2_sums: Callable[..., Tensor]
     try:
-        from dfkde_sklearn._triton import exp2_sums
+        if by_triton:
+            from dfkde_sklearn._triton import exp2_sums
+        else:
+            from dfkde_sklearn._llvm import exp2_sums
     except ImportError:
         return None
     one_row = torch.zeros(1, 3, dtype=dtype, device=device)
@@ -263,10 +277,10 @@ def _fused_sums(device: torch.device, dtype: torch.dtype) -> Callable[..., Tenso
         exp2_sums(one_row, one_row)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: a missing compiler, an unknown GPU
+    except Exception as error:  # of many kinds: a missing compiler, an unknown processor, memory that may not be run
         warnings.warn(
-            f"Triton cannot build the kernel for densities in {dtype} on {device}: {error.__cause__ or error}. PyTorch "
-            "computes the same more slowly.",
+            f"{'Triton' if by_triton else 'LLVM'} cannot build the code for densities in {dtype} on {device}: "
+            f"{error.__cause__ or error}. PyTorch computes the same more slowly.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -325,8 +339,12 @@ def _scale(bandwidth: float) -> float:
     return math.sqrt(math.log2(math.e)) / bandwidth
 
 
-def _sample(rows: Tensor) -> Tensor:
-    return rows[:: -(-len(rows) // 128)]
+def _sample(rows: Tensor, n: int = 128) -> Tensor:
+    return rows[:: -(-len(rows) // n)]
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
@@ -350,62 +368,63 @@ def _is_near(run: Run, queries: Tensor, kernels: _Kernels) -> Tensor:
 
 def _log_sums(run: Run, queries: Tensor, index: Tensor, kernels: _Kernels, working_memory: int) -> Tensor:
     """Log of the sum of all kernels at each of the queries that `index` names; NaN where that is out of reach."""
-    n, m = len(kernels.rows), len(index)
-    fused = _fused_sums(kernels.rows.device, kernels.rows.dtype)
-    if fused is None:
-        size, width = _tile_shape(_tile_elements(kernels.rows, working_memory), m)
-    else:
-        size, width = _fused_block(kernels.rows, working_memory), n
-    tiles = kernels.rows.T.split(width, dim=1)
+    rows, m = kernels.rows, len(index)
+    exp2_sums, size, _ = _way(rows, working_memory)
     # Few queries against many rows are shared out by rows as well, alike for any number of threads.
-    n_shares = max(1, min(len(tiles), 64 * size // max(1, m), size * n // 2**22))
-    shares = [tiles[i * len(tiles) // n_shares : (i + 1) * len(tiles) // n_shares] for i in range(n_shares)]
-    sums = torch.empty(n_shares, m, dtype=torch.float64, device=queries.device)
+    n_shares = max(1, min(64 * size // max(1, m), min(size, m) * len(rows) // _PAIRS_A_SHARE))
+    shares = rows.split(-(-len(rows) // n_shares))
+    sample = _sample(rows, max(1, min(128, len(rows) // 32)))  # a small part of the work
+    q = rows.new_ones(m, rows.shape[1])
+    sums = torch.empty(len(shares), m, dtype=torch.float64, device=rows.device)
     lifts, half_norms, log_sums = (torch.empty_like(sums[0]) for _ in range(3))
-    scratch = _Scratch(kernels.rows, size * width if fused is None else 0)
+
+    def prepare(block: slice) -> None:
+        q[block, 1:-1] = kernels.standardised(queries[index[block]])
+        half_norms[block] = _half_square_norms(q[block, 1:-1])
+        # The largest exponent over a sample of the support becomes 0: no sum is under 1 then, and few overflow.
+        q[block, -1] = 0
+        lifts[block] = lift = product(q[block], sample.T).amax(1)
+        q[block, -1] = -lift
 
     def add(item: tuple[int, int]) -> None:
         start, share = item
-        block = slice(start, start + size)
-        q = kernels.rows.new_ones(len(index[block]), kernels.rows.shape[1])
-        q[:, 1:-1] = kernels.standardised(queries[index[block]])
-        q[:, -1] = 0
-        # The largest exponent over a sample of the support becomes 0: no sum is under 1 then, and few overflow.
-        lift = (q @ _sample(kernels.rows).T).amax(1)
-        q[:, -1] = -lift
-        partial = q.new_empty(len(shares[share]), len(q))
-        for tile, out in zip(shares[share], partial.unbind(), strict=True):
-            if fused is None:
-                torch.sum(_exponents(q, tile, scratch.tile).exp2_(), 1, out=out)
-            else:
-                out.copy_(fused(q, tile.T))
-        sums[share, block] = partial.sum(0, dtype=torch.float64)
-        lifts[block] = lift
-        half_norms[block] = _half_square_norms(q[:, 1:-1])
+        sums[share, start : start + size] = exp2_sums(q[start : start + size], shares[share])
 
-    def finish(start: int) -> None:
-        block = slice(start, start + size)
+    def finish(block: slice) -> None:
         total = sums[:, block].sum(0)
         log2_sum = total.log2() + lifts[block] - half_norms[block]
         in_reach = (total >= 0.5) & total.isfinite() & _is_exact(kernels, log2_sum, half_norms[block])
         log_sums[block] = torch.where(in_reach, log2_sum * math.log(2), torch.nan)
 
-    starts = range(0, m, size)
-    run(add, [(start, share) for start in starts for share in range(n_shares)])
-    run(finish, starts)
+    run(prepare, _slices(m, size))
+    run(add, [(start, share) for start in range(0, m, size) for share in range(len(shares))])
+    run(finish, _slices(m, _FINISHED_AT_ONCE))
     return log_sums
 
 
-class _Scratch(threading.local):
-    """A tile for each thread, as new memory for every block costs time: the system clears it page by page."""
+class _Way(NamedTuple):
+    """A way to compute the sums of kernels.
 
-    def __init__(self, like: Tensor, elements: int) -> None:
-        self.tile = like.new_empty(elements)
+    exp2_sums : function of queries and rows, as in `_llvm`.
+    size : int, queries to give it at a time.
+    leaves_out : bool, whether it can leave out one row for each query, as in `_triton`, instead of adding to `of_rows`.
+    """
+
+    exp2_sums: Callable[..., Tensor]
+    size: int
+    leaves_out: bool
 
 
-def _exponents(q: Tensor, tile: Tensor, scratch: Tensor) -> Tensor:
-    shape = len(q), tile.shape[1]
-    return torch.mm(q, tile, out=scratch[: math.prod(shape)].view(shape))
+def _way(rows: Tensor, working_memory: int) -> _Way:
+    of_thread = working_memory // torch.get_num_threads() if rows.is_cpu else working_memory
+    exp2_sums = _compiled_sums(rows.device, rows.dtype)
+    if exp2_sums is None:
+        elements = max(1, min(_TILE_QUERIES * _TILE_ROWS, of_thread // 8) if rows.is_cpu else of_thread // 8)
+        return _Way(Tiles(rows, elements), min(_TILE_QUERIES, elements), leaves_out=False)
+    # A query takes its exponents at the sample, and some copies of itself.
+    size = of_thread // (8 * (128 + 4 * rows.shape[1]))
+    by_triton = not exp2_sums.__module__.endswith("_llvm")
+    return _Way(exp2_sums, max(1, min(size, 2**16 if by_triton else _QUERIES)), leaves_out=by_triton)
 
 
 def _is_exact(kernels: _Kernels, log2_sum: Tensor, half_norms: Tensor) -> Tensor:
@@ -423,7 +442,8 @@ def _direct_log_sums(
     """
     support = support.double().contiguous()
     log_sums = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
-    size = max(1, _tile_elements(support, working_memory) // len(support))
+    of_thread = min(working_memory // torch.get_num_threads(), 2**21) if support.is_cpu else working_memory
+    size = max(1, of_thread // (8 * len(support)))
 
     def fill(start: int) -> None:
         block = slice(start, start + size)
@@ -443,21 +463,17 @@ def _direct_log_sums(
 
 
 def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) -> Tensor:
-    """As `_log_sums`, for the support itself without each row's own kernel; a tile serves its rows and its columns."""
-    rows, columns, n = kernels.rows, kernels.rows.T, len(kernels.rows)
-    # Rows and columns can share a tile only under the same lift: one that uses the range of floating point to its top.
+    """As `_log_sums`, for the support itself without each row's own kernel; a power serves both of its rows."""
+    rows, n = kernels.rows, len(kernels.rows)
+    # Two rows can share a power only under the same lift: one that uses the range of floating point to its top.
     lift = 960.0 if rows.dtype == torch.float64 else 64.0
     window = torch.finfo(rows.dtype)
-    elements = _tile_elements(rows, working_memory)
-    fused = _fused_sums(rows.device, rows.dtype)
-    if fused is None:
-        size, width = _tile_shape(elements, min(n, math.isqrt(elements)))
-    else:
-        size, width, elements = _fused_block(rows, working_memory), n, 0
+    exp2_sums, size, leaves_out = _way(rows, working_memory)
+    if not leaves_out:  # of a block there is a tile then
+        size = min(size, max(1, math.isqrt(working_memory // (8 * torch.get_num_threads()))))
     n_shares = min(32, -(-n // size))
     sums = torch.zeros(n_shares, n, dtype=torch.float64, device=rows.device)
     log_sums = torch.empty_like(sums[0])
-    scratch = _Scratch(rows, elements)
 
     def add(share: int) -> None:
         for start in range(share * size, n, n_shares * size):
@@ -465,19 +481,14 @@ def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) ->
             stop = start + len(q)
             q[:, -1] = q[:, 0] + lift
             q[:, 0] = 1
-            if fused is not None:
-                sums[share, start:stop] = fused(q, rows, own=start)
+            if leaves_out:
+                sums[share, start:stop] = exp2_sums(q, rows, own=start)
                 continue
-            own = _exponents(q, columns[:, start:stop], scratch.tile).fill_diagonal_(-torch.inf).exp2_()
+            own = (q @ rows[start:stop].T).fill_diagonal_(-torch.inf).exp2_()
             sums[share, start:stop] += own.sum(1)
-            for left in range(stop, n, width):
-                right = min(left + width, n)
-                tile = _exponents(q, columns[:, left:right], scratch.tile).exp2_()
-                sums[share, start:stop] += tile.sum(1)
-                sums[share, left:right] += tile.sum(0)
+            sums[share, start:stop] += exp2_sums(q, rows[stop:], sums[share, stop:])
 
-    def finish(start: int) -> None:
-        block = slice(start, start + size)
+    def finish(block: slice) -> None:
         total = sums[:, block].sum(0)
         log2_sum = total.log2() - lift
         is_whole = (total * window.eps > n * window.tiny) & total.isfinite()
@@ -485,27 +496,11 @@ def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) ->
         log_sums[block] = torch.where(in_reach, log2_sum * math.log(2), torch.nan)
 
     run(add, range(n_shares))
-    run(finish, range(0, n, size))
+    run(finish, _slices(n, _FINISHED_AT_ONCE))
     return log_sums
 
 
-def _tile_shape(elements: int, n_queries: int) -> tuple[int, int]:
-    size = max(1, min(_QUERIES, elements, n_queries))
-    width = elements // size
-    return size, max(1, width - width % _STEP if width > _STEP else width)
-
-
-def _tile_elements(rows: Tensor, working_memory: int) -> int:
-    if rows.device.type == "cpu":
-        return max(1, min(_QUERIES * _COLUMNS, working_memory // (8 * torch.get_num_threads())))
-    return max(1, working_memory // 8)
-
-
-def _fused_block(rows: Tensor, working_memory: int) -> int:
-    # A query takes its exponents at the sample, and some copies of itself.
-    return max(1, min(2**16, working_memory // (8 * (128 + 4 * rows.shape[1]))))
-
-
 def _running(device: torch.device, n_pairs: int) -> Run:
-    """Return what runs tasks for so many pairs: single cores, or off the CPU a loop."""
-    return run_on_single_cores(n_pairs // 2**20) if device.type == "cpu" else run_in_turn
+    """Return what runs tasks for so many pairs: single cores; a loop for few, and off the CPU."""
+    is_much = device.type == "cpu" and n_pairs >= 2**21
+    return run_on_single_cores(n_pairs // 2**20) if is_much else run_in_turn

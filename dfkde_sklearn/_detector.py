@@ -561,7 +561,9 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         # Above the rows that are to be flagged and below the others, as this fit scores them; by more than the
         # rounding of a score, which may differ between batches.
         n_anomalous = round(self.contamination * len(scores))
-        fitted_scores = np.sort(self._fitted(rows.dtype).log_density(rows, _working_memory()).double().cpu().numpy())
+        fitted_scores = np.sort(
+            self._fitted(rows.dtype, rows.device).log_density(rows, _working_memory()).double().cpu().numpy()
+        )
         first_normal = float(fitted_scores[n_anomalous])
         last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)
         rounding = 16 * float(np.finfo(self.loo_scores_.dtype).eps) * max(1.0, abs(last), abs(first_normal))
@@ -588,9 +590,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         self._residual = density.residual
         self._gaussian_residual = density.gaussian_residual
 
-    def _fitted(self, dtype: torch.dtype) -> FeatureDensity:
+    def _fitted(self, dtype: torch.dtype, device: torch.device) -> FeatureDensity:
         """Return what `_keep` took apart, on the device, for rows of `dtype`."""
-        device = self._density_device()
         density = RowDensity(
             centre=torch.zeros(len(self.mean_), dtype=torch.float64, device=device),
             axes=_tensor(self.components_, device).T,
@@ -611,7 +612,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         table = self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
         rows = _tensor(table, self._density_device())
-        return self._fitted(rows.dtype).log_density(rows, _working_memory(), full=full)
+        return self._fitted(rows.dtype, rows.device).log_density(rows, _working_memory(), full=full)
 
     def _fit_features(self, X: Any) -> NDArray[np.floating]:
         """Fit the feature stage and return the feature matrix."""
@@ -627,6 +628,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         return self._validated(self.features_.fit_transform(X), reset=True)
 
     def _validated(self, X: Any, *, reset: bool) -> NDArray[np.floating]:
+        if not reset and self._is_valid(X):
+            return X
         if not _is_matrix(X):
             raise ValueError(
                 f"features={self.features!r} {'takes' if reset else 'was fitted on'} a feature matrix of shape "
@@ -637,6 +640,18 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         return validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1)
+
+    def _is_valid(self, X: Any) -> bool:
+        """Tell what scikit-learn's validation would return as it is, which takes it longer than to score a few rows."""
+        return (
+            type(X) is np.ndarray
+            and X.ndim == 2
+            and X.dtype in (np.float64, np.float32)
+            and X.shape[1] == self.n_features_in_
+            and len(X) > 0
+            and not hasattr(self, "feature_names_in_")
+            and bool(np.isfinite(X).all())
+        )
 
     def _density_device(self) -> torch.device:
         device = as_device(self.device)

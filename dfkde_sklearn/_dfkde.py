@@ -27,7 +27,7 @@ from dfkde_sklearn._reduction import (
     centred_rows,
     principal_axes,
 )
-from dfkde_sklearn._threads import run_in_turn, run_on_single_cores
+from dfkde_sklearn._threads import product, run_in_turn, run_on_single_cores
 
 # Rows scored at a time: enough to pay for a call, and few enough that copies of their coordinates take little memory.
 _ROWS = 2**14
@@ -143,16 +143,20 @@ class RowDensity:
             return log_densities
         return log_densities + self.residual.log_density(squared_distances).to(log_densities.dtype)
 
+    def project(self, rows: Tensor) -> Tensor:
+        """Return the coordinates (n, d) of rows on the axes."""
+        return product(rows - self.centre, self.axes)
+
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coordinates (n, d) of rows on the axes, and their squared distances (n,) from these."""
         centred = rows - self.centre
-        coordinates = centred @ self.axes
+        coordinates = product(centred, self.axes)
         # The square of a difference, not a difference of squares, which cancels where the residual is small.
-        return coordinates, (centred - coordinates @ self.axes.T).square().sum(1)
+        return coordinates, (centred - product(coordinates, self.axes.T)).square_().sum(1)
 
     def whiten(self, coordinates: Tensor) -> Tensor:
         """Return coordinates (n, d) scaled and whitened, in the dtype of the support."""
-        return (scaled(coordinates, self.scaling, self.max_length) @ self.whitening).to(self.support.dtype)
+        return product(scaled(coordinates, self.scaling, self.max_length), self.whitening).to(self.support.dtype)
 
     def in_features(self, basis: Tensor | None) -> RowDensity:
         """Return the same density of rows of features, of which these rows are the coordinates on `basis`.
@@ -189,28 +193,33 @@ class FeatureDensity:
         `full` asks for the density in the whole feature space, whatever residual term the scores have.
         """
         of_rows = self.density.full_log_density if full else self.density.log_density
+        has_residual = full or self.density.residual is not None
         rows = centred_rows(X, self.mean, self.scale, working_memory)
         runs = [(start, min(start + _ROWS, len(rows))) for start in range(0, len(rows), _ROWS)]
-        return torch.cat([of_rows(*self._whitened(rows, *run), working_memory) for run in runs])
+        return torch.cat([of_rows(*self._whitened(rows, *run, has_residual), working_memory) for run in runs])
 
-    def _whitened(self, rows: CentredRows, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return the rows from `start` to `stop`, whitened on the axes, and their squared distances from these."""
+    def _whitened(self, rows: CentredRows, start: int, stop: int, has_residual: bool) -> tuple[Tensor, Tensor]:
+        """Return the rows from `start` to `stop`, whitened on the axes, and their squared distances from these.
+
+        Zeros stand for the distances, which cost as much as all else, where there is no residual term.
+        """
         d = self.density.axes.shape[1]
         whitened = self.density.support.new_empty(stop - start, d)
-        squared_distances = rows.mean.new_empty(stop - start)
+        squared_distances = rows.mean.new_zeros(stop - start)
 
         def fill(block: slice) -> None:
-            coordinates, squared_distances[block] = self.density.split(
-                rows.rows(start + block.start, start + block.stop)
-            )
+            part = rows.rows(start + block.start, start + block.stop)
+            if has_residual:
+                coordinates, squared_distances[block] = self.density.split(part)
+            else:
+                coordinates = self.density.project(part)
             whitened[block] = self.density.whiten(coordinates)
 
-        n = rows.block_rows
+        n = min(rows.block_rows, _ROWS // 4)
         blocks = [slice(i, min(i + n, stop - start)) for i in range(0, stop - start, n)]
-        # Not in torch's own threads, which it uses for all but tiny products: to wake them may take milliseconds, and
-        # after their work they spin on cores that are needed for the kernels.
-        n_entries = (stop - start) * rows.width
-        run = run_on_single_cores(n_entries * d // 2**22) if rows.X.is_cpu and n_entries > 2**8 else run_in_turn
+        # Not in torch's own threads, which after their work spin on cores that are needed for the kernels.
+        n_products = (stop - start) * rows.width * d
+        run = run_on_single_cores(n_products // 2**22) if rows.X.is_cpu and n_products > 2**17 else run_in_turn
         run(fill, blocks)
         return whitened, squared_distances
 

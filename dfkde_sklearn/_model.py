@@ -700,10 +700,9 @@ def buffers_of(detector: DFKDEDetector) -> DensityBuffers:
     buffers = DensityBuffers(detector.scaling, float(detector.threshold_steepness), float(detector.offset_))
     dtype = torch.float32 if detector.support_.dtype == np.float32 else torch.float64
     # Copies, since arrays out of a memory map cannot be written to and torch warns of that.
-    # Its own device may be one that this machine lacks.
-    on_cpu = copy.copy(detector)
-    on_cpu.device = "cpu"
-    buffers.keep(on_cpu._fitted(dtype), torch.from_numpy(np.array(detector.loo_scores_)))
+    # On the CPU, as the detector's own device may be one that this machine lacks.
+    of_detector = detector._fitted(dtype, torch.device("cpu"))
+    buffers.keep(of_detector, torch.from_numpy(np.array(detector.loo_scores_)))
     return buffers
 
 

@@ -15,8 +15,13 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+# Multiplications for which OpenBLAS wakes no threads either.
+_SMALL_PRODUCT = 2**18
 
 Run = Callable[[Callable[[Any], None], Iterable[Any]], None]
 
@@ -62,6 +67,13 @@ def run_on_single_cores(n_threads: int) -> Run:
             queue.clear()
 
     return run
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``; a small one on the CPU by NumPy, as torch wakes threads for it, which may take milliseconds."""
+    if a.is_cpu and len(a) * b.numel() < _SMALL_PRODUCT:
+        return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
+    return a @ b
 
 
 @contextmanager
