@@ -8,19 +8,23 @@ the whitening that follows divides by the smallest kept singular value. Rows are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import scipy.linalg
 import torch
-from scipy.linalg.blas import dsyrk
+from numpy.typing import NDArray
+from scipy.linalg.blas import dsymv, dsyrk
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 # A scatter matrix squares the condition number: singular values under 1e-5 of the largest have lost half their
 # digits in it, and are taken from a singular value decomposition of the rows instead.
 _SCATTER_LIMIT = 1e-10
-
+# Of narrower matrices a decomposition takes no longer than Lanczos iterations.
+_LANCZOS_WIDTH = 384
 
 # Bytes of a block of rows that is still in the processor's cache when it is used.
 _CACHED = 2**21
@@ -130,7 +134,7 @@ def span(X: Tensor, working_memory: int) -> Span:
     Returns
     -------
     Span
-        With fewer samples than features the rows have n_samples columns, from a QR decomposition: all that follows
+        With far fewer samples than features the rows have n_samples columns, from a QR decomposition: all that follows
         (the principal axes, the refits without a fold) then costs n_samples columns and not n_features.
     """
     n, n_features = X.shape
@@ -143,7 +147,7 @@ def span(X: Tensor, working_memory: int) -> Span:
     rows = centred_rows(X, mean, scale, working_memory)
     for _ in range(2):  # the second time takes off what rounding left of a large offset
         rows = replace(rows, mean=rows.mean + rows.total() / n / scale)
-    if n > n_features:
+    if n > 0.8 * n_features:  # fewer columns by so little would not repay the decomposition
         return Span(rows.mean, None, rows, scale, noise)
     basis, triangle = torch.linalg.qr(rows.rows().T)
     rotated = centred_rows(triangle.T.contiguous(), mean.new_zeros(n), 1.0, working_memory)
@@ -226,10 +230,37 @@ def _leading_eigenpairs(symmetric: Tensor, n: int) -> tuple[Tensor, Tensor]:
     elif n > width // 4 and width > 1:  # for one column, SciPy 1.12 gives "evd" too little memory
         eigenvalues, vectors = map(torch.from_numpy, scipy.linalg.eigh(symmetric.numpy(), driver="evd"))
     else:
-        # A few of many vectors cost a third of all.
-        found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])
+        # A few of many vectors cost a third of all, and very few of them less.
+        found = _lanczos(symmetric.numpy(), n) if width >= _LANCZOS_WIDTH and n <= width // 16 else None
+        if found is None:
+            found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])
         eigenvalues, vectors = map(torch.from_numpy, found)
     return eigenvalues.flip(0)[:n].clamp_min(0), vectors.flip(1)[:, :n]
+
+
+def _lanczos(symmetric: NDArray[np.float64], n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return the `n` largest eigenvalues, increasing, and their vectors; None where not all are found for sure."""
+    # The same for any run. A start without a part along some axis would never find it: as good as impossible by chance.
+    start, other_start = np.random.default_rng(0).normal(size=(2, len(symmetric)))
+
+    def times(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        return dsymv(1.0, symmetric.T, vector)  # reads one half of the matrix
+
+    def without_found(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        return times(vector) - vectors @ (eigenvalues * (vectors.T @ vector))
+
+    def operator(matvec: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> LinearOperator:
+        return LinearOperator(symmetric.shape, matvec=matvec, dtype=np.float64)
+
+    try:
+        eigenvalues, vectors = eigsh(operator(times), k=n, which="LA", v0=start)
+        # Of several equal eigenvalues the iteration may stop with some: the largest of what is left tells.
+        (left,), _ = eigsh(operator(without_found), k=1, which="LA", v0=other_start, tol=1e-3)
+    except ArpackError:  # not all converged, or there is nothing but zeros
+        return None
+    order = eigenvalues.argsort()
+    rounding = 100 * np.finfo(np.float64).eps * eigenvalues.max()
+    return (eigenvalues[order], vectors[:, order]) if left <= eigenvalues.min() + rounding else None
 
 
 def _n_for_share(eigenvalues: Tensor, share: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -37,6 +38,8 @@ _MAX_RATIO = 2.0
 # training rows from others and nothing else. It matters where noise is alike in all directions; features of
 # photographs are not like that.
 _MIN_SIGNAL = 1.25
+# Multiplications for the scatter matrix, from which on BLAS's threads are worth more than they hinder others.
+_LARGE = 2**33
 # So many rows that a fit has not seen tell their variances to one or two per cent.
 _ENOUGH = 8192
 
@@ -133,7 +136,6 @@ class UnseenSpectrum(NamedTuple):
         return float(rest.sum()) + self.beyond, float(rest.square().sum()) + squares
 
 
-@one_blas_thread()
 def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings) -> Training:
     """Fit the density to the training rows `X` (n, n_features), float32 or float64.
 
@@ -145,6 +147,11 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     ValueError
         If the rows do not differ.
     """
+    with one_blas_thread() if X.numel() * min(X.shape) < _LARGE else nullcontext():
+        return _fit(X, n_components, settings)
+
+
+def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings) -> Training:
     n, n_features = X.shape
     whole = span(X, settings.working_memory)
     scatter = whole.rows.scatter()

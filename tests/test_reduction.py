@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
+from scipy.sparse.linalg import eigsh
 from sklearn.decomposition import PCA
 
-from dfkde_sklearn._reduction import axis_signs, principal_axes, span
+from dfkde_sklearn._reduction import _lanczos, _leading_eigenpairs, axis_signs, principal_axes, span
 
 MEMORY = 2**20
 
@@ -97,3 +98,43 @@ def test_the_data_is_not_written_to():
     before = X.copy()
     axes_of(X, 3)
     assert np.array_equal(X, before)
+
+
+def symmetric_with(eigenvalues, seed=0):
+    width = len(eigenvalues)
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
+    return (turn * eigenvalues) @ turn.T
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        np.arange(1, 401) ** -1.5,
+        np.r_[np.full(12, 3.0), np.full(12, 2.0), np.linspace(1, 0.5, 376)],
+        np.r_[np.full(30, 2.0), np.ones(370)],
+        np.r_[5.0, 4.0, np.zeros(398)],
+        np.ones(400),
+        1 + 1e-9 * np.arange(400),
+        np.zeros(400),
+    ],
+    ids=["falling", "repeated", "repeated past the last", "of low rank", "equal", "nearly equal", "none"],
+)
+def test_few_of_many_eigenpairs_are_those_of_a_full_decomposition(eigenvalues):
+    symmetric = symmetric_with(eigenvalues)
+    found, vectors = _leading_eigenpairs(torch.from_numpy(symmetric), 20)
+    largest = np.sort(eigenvalues)[::-1][:20]
+    np.testing.assert_allclose(found, largest, atol=1e-12)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(20), atol=1e-12)
+    np.testing.assert_allclose(symmetric @ vectors.numpy(), vectors.numpy() * largest, atol=1e-12)
+
+
+def test_lanczos_iterations_that_miss_an_eigenvalue_are_not_trusted(monkeypatch):
+    symmetric = symmetric_with(np.r_[np.full(3, 2.0), np.linspace(1, 0.5, 397)])
+    assert _lanczos(symmetric, 20) is not None
+
+    def missing_one(operator, k, **options):
+        values, vectors = eigsh(operator, k + (k == 20), **options)
+        return (np.delete(values, -2), np.delete(vectors, -2, axis=1)) if k == 20 else (values, vectors)
+
+    monkeypatch.setattr("dfkde_sklearn._reduction.eigsh", missing_one)
+    assert _lanczos(symmetric, 20) is None
