@@ -26,8 +26,9 @@ _SCATTER_LIMIT = 1e-10
 # Of narrower matrices a decomposition takes no longer than Lanczos iterations.
 _LANCZOS_WIDTH = 384
 
-# Bytes of a block of rows that is still in the processor's cache when it is used.
+# Bytes of a block of rows that is still in the processor's cache when it is used; rows that are worth BLAS's threads.
 _CACHED = 2**21
+_BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ class PrincipalAxes(NamedTuple):
 
 def centred_rows(X: Tensor, mean: Tensor, scale: float, working_memory: int) -> CentredRows:
     """Return the rows ``scale * (X - mean)`` in blocks of at most `working_memory` bytes."""
+    row_bytes = 8 * X.shape[1]
     if X.device.type == "cpu":
-        working_memory = min(working_memory, _CACHED)
-    return CentredRows(X, mean, scale, max(1, working_memory // (8 * X.shape[1])))
+        working_memory = min(working_memory, max(_CACHED, _BLOCK_ROWS * row_bytes))
+    return CentredRows(X, mean, scale, max(1, working_memory // row_bytes))
 
 
 def span(X: Tensor, working_memory: int) -> Span:

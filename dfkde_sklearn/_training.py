@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -39,7 +39,7 @@ _MAX_RATIO = 2.0
 # photographs are not like that.
 _MIN_SIGNAL = 1.25
 # Multiplications for the scatter matrix, from which on BLAS's threads are worth more than they hinder others.
-_LARGE = 2**33
+_LARGE = 2**35
 # So many rows that a fit has not seen tell their variances to one or two per cent.
 _ENOUGH = 8192
 
@@ -147,8 +147,13 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     ValueError
         If the rows do not differ.
     """
-    with one_blas_thread() if X.numel() * min(X.shape) < _LARGE else nullcontext():
+    with blas_threads(*X.shape):
         return _fit(X, n_components, settings)
+
+
+def blas_threads(n: int, width: int) -> AbstractContextManager[None]:
+    """Hold BLAS to one thread while so many rows of so many columns are decomposed, where more would not pay."""
+    return one_blas_thread() if n * width * min(n, width) < _LARGE else nullcontext()
 
 
 def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings) -> Training:
