@@ -37,7 +37,7 @@ _TILE_ROWS, _TILE_QUERIES = 480, 512
 # Sums of which the logarithm is taken at once: less than what torch shares out among threads of its own.
 _FINISHED_AT_ONCE = 2**14
 # Less than so many pairs are not worth a share of their own.
-_PAIRS_A_SHARE = 2**20
+_PAIRS_A_SHARE = 2**18
 
 # While |q|^2 / 2 is at most 64 nats, inner products of float32 are right to 2e-5 nats up to 64 dimensions.
 _FLOAT32_REACH = 64 * math.log2(math.e)
@@ -94,7 +94,8 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     bandwidth : float
         Standard deviation h > 0 of the kernels, in whitened units.
     working_memory : int, default=64 MiB
-        Bytes that the tiles of all threads together may take. Beside them there is one copy of the support.
+        Bytes that blocks of queries, or tiles, of all threads together may take. Beside them there is one copy of
+        the support and one of the queries.
 
     Returns
     -------
@@ -140,8 +141,8 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     bandwidth : float
         Standard deviation of the kernels, in whitened units.
     working_memory : int, default=64 MiB
-        Bytes that the tiles of all threads together may take. Beside them there is a copy of the support and 256 bytes
-        a row.
+        Bytes that blocks of rows, or tiles, of all threads together may take. Beside them there is a copy of the
+        support and 256 bytes a row.
 
     Returns
     -------
@@ -159,7 +160,7 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     if _is_little(support, support):
         out = _small_log_sums(support, support, bandwidth, leave_one_out=True)
     else:
-        run = _running(support.device, n * n)
+        run = _running(support.device, max(n * n, 2**20))
         kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
         n_near = int(_is_near(run, support, kernels).sum())
         # A far row goes the direct way, which for more than a few costs more than float64 for all.
@@ -243,7 +244,7 @@ def _is_little(queries: Tensor, support: Tensor) -> bool:
 
 def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave_one_out: bool = False) -> Tensor:
     """As `_direct_log_sums`, for little work: in the calling thread, as to wake others may take milliseconds."""
-    # NumPy and SciPy have no threads for this; torch, of the faster exp2, has for more numbers at once.
+    # NumPy and SciPy have no threads for this; torch, whose exp2 is faster, has some only for more numbers at once.
     distances = cdist(queries.detach().double().numpy(), support.detach().double().numpy(), "sqeuclidean")
     if leave_one_out:
         np.fill_diagonal(distances, np.inf)
@@ -348,7 +349,7 @@ def _slices(n: int, size: int) -> list[slice]:
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(2048 if rows.device.type == "cpu" else 2**17)
+    return rows.split(2**13 if rows.is_cpu else 2**17)
 
 
 def _half_square_norms(z: Tensor) -> Tensor:
@@ -369,9 +370,11 @@ def _is_near(run: Run, queries: Tensor, kernels: _Kernels) -> Tensor:
 def _log_sums(run: Run, queries: Tensor, index: Tensor, kernels: _Kernels, working_memory: int) -> Tensor:
     """Log of the sum of all kernels at each of the queries that `index` names; NaN where that is out of reach."""
     rows, m = kernels.rows, len(index)
-    exp2_sums, size, _ = _way(rows, working_memory)
-    # Few queries against many rows are shared out by rows as well, alike for any number of threads.
-    n_shares = max(1, min(64 * size // max(1, m), min(size, m) * len(rows) // _PAIRS_A_SHARE))
+    exp2_sums, size, leaves_out = _way(rows, working_memory)
+    n_shares = 1
+    if rows.is_cpu and not leaves_out:
+        # Few queries against many rows are shared out by rows as well, alike for any number of threads.
+        n_shares = max(1, min(64 * size // max(1, m), min(size, m) * len(rows) // _PAIRS_A_SHARE))
     shares = rows.split(-(-len(rows) // n_shares))
     sample = _sample(rows, max(1, min(128, len(rows) // 32)))  # a small part of the work
     q = rows.new_ones(m, rows.shape[1])
@@ -436,7 +439,7 @@ def _is_exact(kernels: _Kernels, log2_sum: Tensor, half_norms: Tensor) -> Tensor
 def _direct_log_sums(
     run: Run, queries: Tensor, support: Tensor, bandwidth: float, working_memory: int, own: Tensor | None = None
 ) -> Tensor:
-    """As `_log_sums`, by differences and the largest exponent of all: for what is out of reach of tiles.
+    """As `_log_sums`, by differences and the largest exponent of all: for what is out of reach of products.
 
     `own` names a support row for each query, whose kernel is left out.
     """
@@ -469,8 +472,8 @@ def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) ->
     lift = 960.0 if rows.dtype == torch.float64 else 64.0
     window = torch.finfo(rows.dtype)
     exp2_sums, size, leaves_out = _way(rows, working_memory)
-    if not leaves_out:  # of a block there is a tile then
-        size = min(size, max(1, math.isqrt(working_memory // (8 * torch.get_num_threads()))))
+    if not leaves_out:  # a tile holds the pairs within a block
+        size = min(size, _QUERIES // 2, max(1, math.isqrt(working_memory // (8 * torch.get_num_threads()))))
     n_shares = min(32, -(-n // size))
     sums = torch.zeros(n_shares, n, dtype=torch.float64, device=rows.device)
     log_sums = torch.empty_like(sums[0])
@@ -502,5 +505,5 @@ def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) ->
 
 def _running(device: torch.device, n_pairs: int) -> Run:
     """Return what runs tasks for so many pairs: single cores; a loop for few, and off the CPU."""
-    is_much = device.type == "cpu" and n_pairs >= 2**21
-    return run_on_single_cores(n_pairs // 2**20) if is_much else run_in_turn
+    is_much = device.type == "cpu" and n_pairs >= 2**19
+    return run_on_single_cores(n_pairs // _PAIRS_A_SHARE) if is_much else run_in_turn
