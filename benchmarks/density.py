@@ -389,7 +389,7 @@ def plot(found: dict[str, dict[object, dict[str, float]]], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_ylabel("pairs a second")
-    figure.axes[0].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"Gaussian kernel density, float64, {N} rows in {D} dimensions unless varied")
     figure.savefig(path, dpi=120)
 

@@ -259,10 +259,14 @@ def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave
     return torch.from_numpy((np.log2(np.maximum(distances.sum(1), 1.0)) + factor * nearest) * math.log(2))
 
 
+def _is_for_triton(device: torch.device) -> bool:
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def _compiled_sums(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     """Return `exp2_sums` in code for the device: by Triton on GPUs and anywhere in its interpreter, by LLVM on CPUs."""
-    by_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    by_triton = _is_for_triton(device)
     if not by_triton and device.type != "cpu":
         return None
     exp2_sums: Callable[..., Tensor]
@@ -426,7 +430,7 @@ def _way(rows: Tensor, working_memory: int) -> _Way:
         return _Way(Tiles(rows, elements), min(_TILE_QUERIES, elements), leaves_out=False)
     # A query takes its exponents at the sample, and some copies of itself.
     size = of_thread // (8 * (128 + 4 * rows.shape[1]))
-    by_triton = not exp2_sums.__module__.endswith("_llvm")
+    by_triton = _is_for_triton(rows.device)
     return _Way(exp2_sums, max(1, min(size, 2**16 if by_triton else _QUERIES)), leaves_out=by_triton)
 
 
