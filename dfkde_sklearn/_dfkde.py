@@ -22,6 +22,7 @@ from dfkde_sklearn._density import (
 )
 from dfkde_sklearn._reduction import (
     CentredRows,
+    EigenPairs,
     PrincipalAxes,
     axis_signs,
     centred_rows,
@@ -236,14 +237,21 @@ class TrimmedDensity(NamedTuple):
 
 
 def row_density(
-    rows: CentredRows, scatter: Tensor, n_components: int | float, settings: Settings, units: Units
+    rows: CentredRows,
+    scatter: Tensor,
+    n_components: int | float,
+    settings: Settings,
+    units: Units,
+    pairs: EigenPairs | None = None,
 ) -> TrimmedDensity | None:
     """Return the density of centred rows with the given scatter matrix; None where the rows do not differ.
+
+    `pairs` are all eigenpairs of the scatter matrix, where they are known.
 
     With a contamination, the rows of lowest density, each without its own kernel, leave the fit: first the principal
     axes, then, ranked again on the new axes, the kernels.
     """
-    found = principal_axes(rows, n_components, units.noise, scatter)
+    found = principal_axes(rows, n_components, units.noise, scatter, pairs)
     if found.axes.shape[1] == 0:
         return None
     density = _kernels(found, scatter.new_zeros(rows.width), settings, units)

@@ -116,6 +116,13 @@ class PrincipalAxes(NamedTuple):
     left_out: Tensor
 
 
+class EigenPairs(NamedTuple):
+    """Eigenvalues (n,) of a scatter matrix, decreasing, and their vectors (width, n)."""
+
+    values: Tensor
+    vectors: Tensor
+
+
 def centred_rows(X: Tensor, mean: Tensor, scale: float, working_memory: int) -> CentredRows:
     """Return the rows ``scale * (X - mean)`` in blocks of at most `working_memory` bytes."""
     row_bytes = 8 * X.shape[1]
@@ -157,7 +164,11 @@ def span(X: Tensor, working_memory: int) -> Span:
 
 
 def principal_axes(
-    rows: CentredRows, n_components: int | float, noise: float, scatter: Tensor | None = None
+    rows: CentredRows,
+    n_components: int | float,
+    noise: float,
+    scatter: Tensor | None = None,
+    pairs: EigenPairs | None = None,
 ) -> PrincipalAxes:
     """Return the first principal axes of centred rows.
 
@@ -171,6 +182,8 @@ def principal_axes(
         Singular values up to this are rounding, not data.
     scatter : Tensor of shape (width, width), default=None
         The scatter matrix of the rows where it is known.
+    pairs : EigenPairs, default=None
+        All of the scatter matrix where they are known.
 
     Returns
     -------
@@ -184,7 +197,7 @@ def principal_axes(
         return min(int(n_components) if n_components >= 1 else _n_for_share(eigenvalues, n_components), possible)
 
     n_sought = min(int(n_components), possible) if n_components >= 1 else rows.width
-    eigenvalues, vectors = _leading_eigenpairs(scatter, max(n_sought, 1))
+    eigenvalues, vectors = leading_eigenpairs(scatter, max(n_sought, 1)) if pairs is None else pairs
     d = count(eigenvalues)
     if d and eigenvalues[d - 1] < _SCATTER_LIMIT * eigenvalues[0]:
         _, triangle = torch.linalg.qr(rows.rows(), mode="r")
@@ -210,12 +223,12 @@ def principal_axes(
     return PrincipalAxes(axes, coordinates, singular_values, left_out)
 
 
-def eigenpairs(scatter: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues of a scatter matrix that are more than rounding, decreasing, and their vectors."""
-    eigenvalues, vectors = _leading_eigenpairs(scatter, len(scatter))
-    rounding = 10 * len(scatter) * torch.finfo(scatter.dtype).eps * float(eigenvalues[0])
+def more_than_rounding(pairs: EigenPairs, noise: float) -> EigenPairs:
+    """Return those of all eigenpairs of a scatter matrix whose eigenvalues are more than rounding."""
+    eigenvalues, vectors = pairs
+    rounding = 10 * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * float(eigenvalues[0])
     n = int((eigenvalues > max(noise**2, rounding)).sum())
-    return eigenvalues[:n], vectors[:, :n]
+    return EigenPairs(eigenvalues[:n], vectors[:, :n])
 
 
 def axis_signs(axes: Tensor) -> Tensor:
@@ -224,8 +237,8 @@ def axis_signs(axes: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(axes.dtype)
 
 
-def _leading_eigenpairs(symmetric: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the `n` largest eigenvalues of a positive semidefinite matrix, decreasing, and their vectors."""
+def leading_eigenpairs(symmetric: Tensor, n: int) -> EigenPairs:
+    """Return the `n` largest eigenvalues of a positive semidefinite matrix, and their vectors."""
     width = len(symmetric)
     if symmetric.device.type != "cpu":
         eigenvalues, vectors = torch.linalg.eigh(symmetric)
@@ -237,7 +250,7 @@ def _leading_eigenpairs(symmetric: Tensor, n: int) -> tuple[Tensor, Tensor]:
         if found is None:
             found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])
         eigenvalues, vectors = map(torch.from_numpy, found)
-    return eigenvalues.flip(0)[:n].clamp_min(0), vectors.flip(1)[:, :n]
+    return EigenPairs(eigenvalues.flip(0)[:n].clamp_min(0), vectors.flip(1)[:, :n])
 
 
 def _lanczos(symmetric: NDArray[np.float64], n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

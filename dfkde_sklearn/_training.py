@@ -19,7 +19,14 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings, TrimmedDensity, Units, residual_term, row_density
-from dfkde_sklearn._reduction import CentredRows, eigenpairs, principal_axes, span
+from dfkde_sklearn._reduction import (
+    CentredRows,
+    EigenPairs,
+    leading_eigenpairs,
+    more_than_rounding,
+    principal_axes,
+    span,
+)
 from dfkde_sklearn._threads import one_blas_thread
 
 # Measured on features of photographs, 10 folds, 20, and one a row hold the false-alarm rate equally well.
@@ -64,17 +71,19 @@ class NarrowRows(NamedTuple):
     scatter : Tensor (width, width), of the rows.
     beyond : Tensor (n,), squared distances of the rows from what they are in all columns.
     units : Units, of the rows.
+    pairs : dict, by the start of a fold all eigenpairs of the others' scatter matrix, of folds where they were needed.
     """
 
     rows: CentredRows
     scatter: Tensor
     beyond: Tensor
     units: Units
+    pairs: dict[int, EigenPairs]
 
     def take(self, kept: Tensor) -> NarrowRows:
         """Return the rows where the mask `kept` (n,) is true."""
         rows, _ = self.rows.take(kept)
-        return NarrowRows(rows, rows.scatter(), self.beyond[kept], self.units)
+        return NarrowRows(rows, rows.scatter(), self.beyond[kept], self.units, {})
 
 
 class Fold(NamedTuple):
@@ -161,9 +170,10 @@ def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Setti
     whole = span(X, settings.working_memory)
     scatter = whole.rows.scatter()
     units = Units(n_features, whole.scale, whole.noise, scatter.new_zeros(2), X.dtype)
+    narrow = None
     if isinstance(n_components, str):
         narrow = narrowed(whole.rows, scatter, FOLD_WIDTH, units)
-        n_sought: int | float = unseen_spectrum(narrow, units.noise).n_predicted(n_features)
+        n_sought: int | float = unseen_spectrum(narrow, units.noise, settings).n_predicted(n_features)
         if narrow.rows.width < whole.rows.width:
             n_sought = min(n_sought, FOLD_WIDTH // _KEPT_SHARE)
     else:
@@ -179,7 +189,8 @@ def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Setti
             "distinct rows; a constant offset far larger than the variation hides it."
         )
     width = max(FOLD_WIDTH, _KEPT_SHARE * found.density.axes.shape[1])
-    narrow = narrowed(whole.rows, scatter, width, units)
+    if narrow is None or narrow.rows.width < min(width, whole.rows.width):
+        narrow = narrowed(whole.rows, scatter, width, units)
     scores = cross_fitted(narrow, found, settings)
     density = with_unseen_residuals(found, scores, narrow, settings, units)
     log_densities = density.with_residual(scores.log_densities, scores.squared_distances)
@@ -192,11 +203,12 @@ def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Setti
 def narrowed(rows: CentredRows, scatter: Tensor, width: int, units: Units) -> NarrowRows:
     """Return the rows on at most `width` of their first axes."""
     if rows.width <= width:
-        return NarrowRows(rows, scatter, scatter.new_zeros(len(rows)), units)
+        return NarrowRows(rows, scatter, scatter.new_zeros(len(rows)), units, {})
     leading = principal_axes(rows, width, units.noise, scatter)
     beyond = torch.cat([(block - (block @ leading.axes) @ leading.axes.T).square().sum(1) for block in rows.blocks()])
     on_axes = CentredRows(leading.coordinates, scatter.new_zeros(leading.axes.shape[1]), 1.0, rows.block_rows)
-    return NarrowRows(on_axes, leading.singular_values.square().diag(), beyond, units._replace(beyond=leading.left_out))
+    of_axes = leading.singular_values.square().diag()
+    return NarrowRows(on_axes, of_axes, beyond, units._replace(beyond=leading.left_out), {})
 
 
 def folds(rows: CentredRows, scatter: Tensor) -> Iterator[Fold]:
@@ -216,12 +228,16 @@ def folds(rows: CentredRows, scatter: Tensor) -> Iterator[Fold]:
         yield Fold(slice(start, stop), rows.rows(start, stop) - mean, others, others_centred)
 
 
-def unseen_spectrum(narrow: NarrowRows, noise: float) -> UnseenSpectrum:
+def unseen_spectrum(narrow: NarrowRows, noise: float, settings: Settings) -> UnseenSpectrum:
     """Return the spread of rows along principal axes of the other rows; of many rows, by some `_ENOUGH` of them."""
+    are_kept = 8 * N_FOLDS * narrow.rows.width**2 <= settings.working_memory
     step = -(-len(narrow.rows) // _ENOUGH)
     squares, variances, beyond = [], [], []
     for fold in folds(narrow.rows, narrow.scatter):
-        eigenvalues, axes = eigenpairs(fold.scatter, noise)
+        pairs = narrow.pairs.get(fold.run.start) or leading_eigenpairs(fold.scatter, narrow.rows.width)
+        if are_kept:
+            narrow.pairs[fold.run.start] = pairs
+        eigenvalues, axes = more_than_rounding(pairs, noise)
         held_out = fold.held_out[::step]
         on_axes = held_out @ axes
         beyond.append((held_out - on_axes @ axes.T).square().sum(1) + narrow.beyond[fold.run][::step])
@@ -266,7 +282,8 @@ def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) 
     log_densities = whole.density.support.new_full((len(narrow.rows),), torch.nan)
     squared_distances = narrow.beyond.new_full((len(narrow.rows),), torch.nan)
     for fold in folds(narrow.rows, narrow.scatter):
-        found = row_density(fold.others, fold.scatter, d, settings, narrow.units)
+        pairs = narrow.pairs.get(fold.run.start)
+        found = row_density(fold.others, fold.scatter, d, settings, narrow.units, pairs)
         if found is not None and found.density.axes.shape[1] == d:
             coordinates, distances = found.density.split(fold.held_out)
             whitened = found.density.whiten(coordinates)
@@ -292,7 +309,7 @@ def with_unseen_residuals(
         return replace(density, gaussian_residual=gaussian, residual=gaussian if settings.residual else None)
     if not kept.all():
         narrow = narrow.take(kept)
-    total, squares = unseen_spectrum(narrow, units.noise).left_out(d, units.n_features)
+    total, squares = unseen_spectrum(narrow, units.noise, settings).left_out(d, units.n_features)
     box = residual_term("box", total, squares, n, d, units)
     return replace(density, gaussian_residual=gaussian, residual=box)
 

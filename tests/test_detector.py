@@ -153,7 +153,8 @@ def test_auto_is_the_fit_of_the_number_that_it_finds(settings):
     found = DFKDEDetector(n_components="auto", **settings).fit(X)
     fixed = DFKDEDetector(n_components=found.n_components_, **settings).fit(X)
     assert np.array_equal(found.score_samples(new), fixed.score_samples(new))
-    assert np.array_equal(found.loo_scores_, fixed.loo_scores_)
+    # Axes without a fold come from the decomposition of all that "auto" counts them by, or from one of the first.
+    np.testing.assert_allclose(found.loo_scores_, fixed.loo_scores_, rtol=1e-12)
 
 
 def test_one_row_from_elsewhere_does_not_end_auto():
