@@ -71,6 +71,10 @@ def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
         depends on other queries.
     """
     (m, width), n = q.shape, len(rows)
+    # What follows reads and writes memory by address.
+    assert (rows.dtype, rows.shape[1], rows.is_contiguous(), rows.is_cpu) == (q.dtype, width, True, True)
+    if of_rows is not None:
+        assert (of_rows.dtype, of_rows.shape, of_rows.is_contiguous()) == (torch.float64, (n,), True)
     with _making:
         loop = _loop(q.dtype, *_vectors(q.dtype), of_rows is not None)
     n_panels = -(-m // loop.panel)
