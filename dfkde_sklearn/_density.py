@@ -238,8 +238,9 @@ def _peak(points: list[float], objective: Callable[[float], float]) -> float:
 
 
 def _is_little(queries: Tensor, support: Tensor) -> bool:
-    n, d = support.shape
-    return queries.device.type == "cpu" and len(queries) * n * (d + 16) < 2**22
+    m, (n, d) = len(queries), support.shape
+    # A few queries do not repay the copy of all rows that `_kernels` makes.
+    return queries.device.type == "cpu" and (m * n * (d + 16) < 2**22 or (m <= 8 and m * n <= 2**20))
 
 
 def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave_one_out: bool = False) -> Tensor:
