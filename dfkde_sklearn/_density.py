@@ -36,8 +36,9 @@ _QUERIES = 1152
 _TILE_ROWS, _TILE_QUERIES = 480, 512
 # Sums of which the logarithm is taken at once: less than what torch shares out among threads of its own.
 _FINISHED_AT_ONCE = 2**14
-# Less than so many pairs are not worth a share of their own.
+# Less than so many pairs are not worth a share of their own, and less than twice as many not a second thread.
 _PAIRS_A_SHARE = 2**18
+_SHARED_PAIRS = 2 * _PAIRS_A_SHARE
 
 # While |q|^2 / 2 is at most 64 nats, inner products of float32 are right to 2e-5 nats up to 64 dimensions.
 _FLOAT32_REACH = 64 * math.log2(math.e)
@@ -110,7 +111,7 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     >>> log_density(torch.tensor([[0.0], [1e6]]), torch.tensor([[-1.0], [1.0]]), 1.0)
     tensor([-1.4189e+00, -5.0000e+11])
     """
-    if _is_little(queries, support):
+    if _is_little(len(queries), support):
         out = _small_log_sums(queries, support, bandwidth)
     else:
         run = _running(queries.device, len(queries) * len(support))
@@ -120,7 +121,7 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
             near = _is_near(run, queries, kernels).nonzero()[:, 0]
             out[near] = _log_sums(run, queries, near, kernels, working_memory)
         # NaN marks what the arithmetic so far did not reach.
-        if len(left := out.isnan().nonzero()[:, 0]) and _is_little(queries[left], support):
+        if len(left := out.isnan().nonzero()[:, 0]) and _is_little(len(left), support):
             out[left] = _small_log_sums(queries[left], support, bandwidth)
         elif len(left):
             kernels = _kernels(run, support, bandwidth, torch.float64)
@@ -157,10 +158,11 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     n, d = support.shape
     if n < 2:
         raise ValueError(f"leaving one row out of {n} leaves no kernel; at least 2 rows are needed")
-    if _is_little(support, support):
+    if _is_little(n, support):
         out = _small_log_sums(support, support, bandwidth, leave_one_out=True)
     else:
-        run = _running(support.device, max(n * n, 2**20))
+        # Not in the calling thread, where torch would wake its own threads for the product within a block.
+        run = _running(support.device, max(n * n, _SHARED_PAIRS))
         kernels = _kernels(run, support, bandwidth, _computing_dtype(support))
         n_near = int(_is_near(run, support, kernels).sum())
         # A far row goes the direct way, which for more than a few costs more than float64 for all.
@@ -237,10 +239,11 @@ def _peak(points: list[float], objective: Callable[[float], float]) -> float:
     return points[i] + (right**2 * fall_left - left**2 * fall_right) / (right * fall_left + left * fall_right) / 2
 
 
-def _is_little(queries: Tensor, support: Tensor) -> bool:
-    m, (n, d) = len(queries), support.shape
+def _is_little(m: int, support: Tensor) -> bool:
+    """Tell whether so many queries are fewer than pay for more than `_small_log_sums`."""
+    n, d = support.shape
     # A few queries do not repay the copy of all rows that `_kernels` makes.
-    return queries.device.type == "cpu" and (m * n * (d + 16) < 2**22 or (m <= 8 and m * n <= 2**20))
+    return support.is_cpu and (m * n * (d + 16) < 2**22 or (m <= 8 and m * n <= 2**20))
 
 
 def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave_one_out: bool = False) -> Tensor:
@@ -510,5 +513,5 @@ def _leave_one_out_log_sums(run: Run, kernels: _Kernels, working_memory: int) ->
 
 def _running(device: torch.device, n_pairs: int) -> Run:
     """Return what runs tasks for so many pairs: single cores; a loop for few, and off the CPU."""
-    is_much = device.type == "cpu" and n_pairs >= 2**19
+    is_much = device.type == "cpu" and n_pairs >= _SHARED_PAIRS
     return run_on_single_cores(n_pairs // _PAIRS_A_SHARE) if is_much else run_in_turn

@@ -43,8 +43,8 @@ for n, d, bandwidth in ((970, 2, 0.3), (600, 37, 0.8)):
     support = normal_rows(n, d)
     support[-3:] *= 40
     queries = torch.cat([normal_rows(2**24 // (n * (d + 16)), d, seed=2), rows_of_every_kind(support)])
-    assert not _is_little(queries, support)
-    assert not _is_little(support, support)
+    assert not _is_little(len(queries), support)
+    assert not _is_little(n, support)
     for dtype in (torch.float64, torch.float32):
         queries, support = queries.to(dtype), support.to(dtype)
         assert _compiled_sums(support.device, dtype) is exp2_sums
