@@ -611,8 +611,9 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     def _log_density(self, X: Any, *, full: bool = False) -> Tensor:
         check_is_fitted(self)
         table = self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
-        rows = _tensor(table, self._density_device())
-        return self._fitted(rows.dtype, rows.device).log_density(rows, _working_memory(), full=full)
+        with torch.inference_mode():
+            rows = _tensor(table, self._density_device())
+            return self._fitted(rows.dtype, rows.device).log_density(rows, _working_memory(), full=full)
 
     def _fit_features(self, X: Any) -> NDArray[np.floating]:
         """Fit the feature stage and return the feature matrix."""
@@ -688,7 +689,7 @@ def _depth(X: Any) -> int:
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return a tensor that shares the memory of `array` where it can; it is never written to."""
-    if any(stride < 0 for stride in array.strides):
+    if min(array.strides, default=0) < 0:
         array = array.copy()
     if array.flags.writeable:
         return torch.from_numpy(array).to(device)

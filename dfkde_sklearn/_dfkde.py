@@ -197,31 +197,38 @@ class FeatureDensity:
         has_residual = full or self.density.residual is not None
         rows = centred_rows(X, self.mean, self.scale, working_memory)
         runs = [(start, min(start + _ROWS, len(rows))) for start in range(0, len(rows), _ROWS)]
-        return torch.cat([of_rows(*self._whitened(rows, *run, has_residual), working_memory) for run in runs])
+        of_runs = [of_rows(*self._whitened(rows, *run, has_residual), working_memory) for run in runs]
+        return of_runs[0] if len(of_runs) == 1 else torch.cat(of_runs)
 
     def _whitened(self, rows: CentredRows, start: int, stop: int, has_residual: bool) -> tuple[Tensor, Tensor]:
         """Return the rows from `start` to `stop`, whitened on the axes, and their squared distances from these.
 
-        Zeros stand for the distances, which cost as much as all else, where there is no residual term.
+        None of the distances, which cost as much as all else, where there is no residual term.
         """
-        d = self.density.axes.shape[1]
-        whitened = self.density.support.new_empty(stop - start, d)
-        squared_distances = rows.mean.new_zeros(stop - start)
 
-        def fill(block: slice) -> None:
-            part = rows.rows(start + block.start, start + block.stop)
+        def taken_apart(first: int, last: int) -> tuple[Tensor, Tensor]:
+            block = rows.rows(first, last)
             if has_residual:
-                coordinates, squared_distances[block] = self.density.split(part)
+                coordinates, squared_distances = self.density.split(block)
             else:
-                coordinates = self.density.project(part)
-            whitened[block] = self.density.whiten(coordinates)
+                coordinates, squared_distances = self.density.project(block), block[:0, 0]
+            return self.density.whiten(coordinates), squared_distances
 
-        n = min(rows.block_rows, _ROWS // 4)
-        blocks = [slice(i, min(i + n, stop - start)) for i in range(0, stop - start, n)]
-        # Not in torch's own threads, which after their work spin on cores that are needed for the kernels.
-        n_products = (stop - start) * rows.width * d
-        run = run_on_single_cores(n_products // 2**22) if rows.X.is_cpu and n_products > 2**17 else run_in_turn
-        run(fill, blocks)
+        n, d = stop - start, self.density.axes.shape[1]
+        size, n_products = min(rows.block_rows, _ROWS // 4), n * rows.width * d
+        # In torch's own threads these would spin, after their work, on cores that are needed for the kernels.
+        in_threads = rows.X.is_cpu and n_products > 2**17
+        if n <= size and not in_threads:
+            return taken_apart(start, stop)
+        whitened = self.density.support.new_empty(n, d)
+        squared_distances = rows.mean.new_empty(n if has_residual else 0)
+
+        def fill(first: int) -> None:
+            block = slice(first, first + size)
+            whitened[block], squared_distances[block] = taken_apart(start + first, min(start + first + size, stop))
+
+        run = run_on_single_cores(n_products // 2**22) if in_threads else run_in_turn
+        run(fill, range(0, n, size))
         return whitened, squared_distances
 
 
