@@ -29,13 +29,13 @@ from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
 from dfkde_sklearn._reduction import principal_axes, span
-from dfkde_sklearn._training import N_FOLDS, blas_threads, folds
+from dfkde_sklearn._training import N_FOLDS, Fold, blas_threads, of_folds
 
 SHAPES = [(40_000, 512), (40_000, 2048), (200, 2048), (1000, 1000)]
 DTYPES = {"float32": 1e-6, "float64": 1e-12}
 SOLVERS = ("full", "covariance_eigh", "arpack", "randomized")
 N_COMPONENTS = 16
-WORKING_MEMORY = 2**26
+WORKING_MEMORY = 2**30  # scikit-learn's default
 REFITTED = [(200, 2048), (1000, 1000), (2000, 512), (10_000, 512)]
 
 Axes = NDArray[np.floating]
@@ -121,8 +121,11 @@ def own_refits(X: NDArray[np.floating]) -> Axes:
         whole = span(torch.from_numpy(X), WORKING_MEMORY)
         scatter = whole.rows.scatter()
         principal_axes(whole.rows, N_COMPONENTS, whole.noise, scatter)
-        for fold in folds(whole.rows, scatter):
-            axes = principal_axes(fold.others, N_COMPONENTS, whole.noise, fold.scatter).axes
+
+        def axes_of_others(fold: Fold) -> torch.Tensor:
+            return principal_axes(fold.others, N_COMPONENTS, whole.noise, fold.scatter).axes
+
+        axes = of_folds(whole.rows, axes_of_others, WORKING_MEMORY)[-1]
     return (axes if whole.basis is None else whole.basis @ axes).numpy()
 
 

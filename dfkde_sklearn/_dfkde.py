@@ -289,10 +289,12 @@ def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Un
         _, triangle = torch.linalg.qr(unwhitened - unwhitened.mean(0), mode="r")
         _, lengths, directions = torch.linalg.svd(triangle, full_matrices=False)
         whitening = directions.T * (math.sqrt(n - 1) / lengths)
+        support = unwhitened @ whitening
     else:
         lengths = found.singular_values / (max_length if scaling == "scale" else 1.0)
-        whitening = torch.diag(math.sqrt(n - 1) / lengths)
-    support = (unwhitened @ whitening).to(units.dtype)
+        factors = math.sqrt(n - 1) / lengths
+        whitening, support = factors.diag(), unwhitened * factors
+    support = support.to(units.dtype)
     log_volume = float(d * math.log(n - 1) / 2 - lengths.log().sum())
     # Without scaling the coordinates are in the units of the features but for the power of two.
     log_volume += d * math.log(units.scale) if scaling is None else 0.0

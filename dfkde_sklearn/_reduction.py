@@ -242,11 +242,12 @@ def leading_eigenpairs(symmetric: Tensor, n: int) -> EigenPairs:
     width = len(symmetric)
     if symmetric.device.type != "cpu":
         eigenvalues, vectors = torch.linalg.eigh(symmetric)
-    elif n > width // 4 and width > 1:  # for one column, SciPy 1.12 gives "evd" too little memory
-        eigenvalues, vectors = map(torch.from_numpy, scipy.linalg.eigh(symmetric.numpy(), driver="evd"))
+    elif n > width // 8:
+        # NumPy's, as other threads of Python run meanwhile: not during SciPy's.
+        eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(symmetric.numpy()))
     else:
         # A few of many vectors cost a third of all, and very few of them less.
-        found = _lanczos(symmetric.numpy(), n) if width >= _LANCZOS_WIDTH and n <= width // 16 else None
+        found = _lanczos(symmetric.numpy(), n) if width >= _LANCZOS_WIDTH and n <= width // 12 else None
         if found is None:
             found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])
         eigenvalues, vectors = map(torch.from_numpy, found)

@@ -28,6 +28,7 @@ Run = Callable[[Callable[[Any], None], Iterable[Any]], None]
 # torch's number of threads is the process's until a thread has one of its own: it is borrowed to start ours.
 _starting = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
+_of_thread = threading.local()
 _limiting = threading.Lock()
 _limits: list[Any] = []
 _n_limited = 0
@@ -43,8 +44,10 @@ def run_in_turn(task: Callable[[Any], None], items: Iterable[Any]) -> None:
 def run_on_single_cores(n_threads: int) -> Run:
     """Return ``run(task, items)``: the task of every item, in any order, in threads that each use one core.
 
-    No more threads than torch is given, and at most `n_threads`. A task must not run others in this way.
+    No more threads than torch is given, and at most `n_threads`. A task that runs others in this way does so in turn.
     """
+    if getattr(_of_thread, "is_ours", False):
+        return run_in_turn
     n_most = torch.get_num_threads()
     pool = _single_core_pool(n_most)
 
@@ -117,6 +120,7 @@ def _started_pool(n_threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         # In these threads alone. Numbers below the normal range cost 3 to 5 times as much, and count for nothing here.
         torch.set_flush_denormal(True)
+        _of_thread.is_ours = True
         ready.wait()
 
     pool = ThreadPoolExecutor(n_threads, "dfkde_sklearn")

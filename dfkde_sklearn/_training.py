@@ -8,11 +8,11 @@ axes that hold for new rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from scipy.optimize import isotonic_regression
@@ -27,7 +27,7 @@ from dfkde_sklearn._reduction import (
     principal_axes,
     span,
 )
-from dfkde_sklearn._threads import one_blas_thread
+from dfkde_sklearn._threads import one_blas_thread, run_in_turn, run_on_single_cores
 
 # Measured on features of photographs, 10 folds, 20, and one a row hold the false-alarm rate equally well.
 N_FOLDS = 20
@@ -47,8 +47,12 @@ _MAX_RATIO = 2.0
 _MIN_SIGNAL = 1.25
 # Multiplications for the scatter matrix, from which on BLAS's threads are worth more than they hinder others.
 _LARGE = 2**35
+# Multiplications for a fold's scatter matrix, under which threads of Python would only wait for one another.
+_SMALL_FOLD = 2**19
 # So many rows that a fit has not seen tell their variances to one or two per cent.
 _ENOUGH = 8192
+
+_Found = TypeVar("_Found")
 
 
 class Training(NamedTuple):
@@ -68,14 +72,12 @@ class NarrowRows(NamedTuple):
     """Centred rows on so many columns that a refit costs little.
 
     rows : CentredRows (n, width).
-    scatter : Tensor (width, width), of the rows.
     beyond : Tensor (n,), squared distances of the rows from what they are in all columns.
     units : Units, of the rows.
     pairs : dict, by the start of a fold all eigenpairs of the others' scatter matrix, of folds where they were needed.
     """
 
     rows: CentredRows
-    scatter: Tensor
     beyond: Tensor
     units: Units
     pairs: dict[int, EigenPairs]
@@ -83,7 +85,7 @@ class NarrowRows(NamedTuple):
     def take(self, kept: Tensor) -> NarrowRows:
         """Return the rows where the mask `kept` (n,) is true."""
         rows, _ = self.rows.take(kept)
-        return NarrowRows(rows, rows.scatter(), self.beyond[kept], self.units, {})
+        return NarrowRows(rows, self.beyond[kept], self.units, {})
 
 
 class Fold(NamedTuple):
@@ -203,46 +205,66 @@ def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Setti
 def narrowed(rows: CentredRows, scatter: Tensor, width: int, units: Units) -> NarrowRows:
     """Return the rows on at most `width` of their first axes."""
     if rows.width <= width:
-        return NarrowRows(rows, scatter, scatter.new_zeros(len(rows)), units, {})
+        return NarrowRows(rows, scatter.new_zeros(len(rows)), units, {})
     leading = principal_axes(rows, width, units.noise, scatter)
     beyond = torch.cat([(block - (block @ leading.axes) @ leading.axes.T).square().sum(1) for block in rows.blocks()])
     on_axes = CentredRows(leading.coordinates, scatter.new_zeros(leading.axes.shape[1]), 1.0, rows.block_rows)
-    of_axes = leading.singular_values.square().diag()
-    return NarrowRows(on_axes, of_axes, beyond, units._replace(beyond=leading.left_out), {})
+    return NarrowRows(on_axes, beyond, units._replace(beyond=leading.left_out), {})
 
 
-def folds(rows: CentredRows, scatter: Tensor) -> Iterator[Fold]:
-    """Return `N_FOLDS` runs of consecutive rows, fewer where there are fewer rows, each with all others."""
-    n = len(rows)
+def of_folds(rows: CentredRows, look: Callable[[Fold], _Found], working_memory: int) -> list[_Found]:
+    """Return what `look` makes of each of `N_FOLDS` runs of consecutive rows; of fewer where there are fewer rows.
+
+    On the CPU several folds at a time, each on one core, where `working_memory` allows as many as keep half the cores
+    busy.
+    """
+    n, width = len(rows), rows.width
     n_folds = min(N_FOLDS, n)
-    runs = list(pairwise(round(i * n / n_folds) for i in range(n_folds + 1)))
+    runs = [slice(*ends) for ends in pairwise(round(i * n / n_folds) for i in range(n_folds + 1))]
     # Summed over the other folds, not subtracted from the whole: a far outlier's square would swallow the rest.
-    scatters = _sums_of_others([rows.scatter(*run) for run in runs])
-    for (start, stop), others_scatter in zip(runs, scatters, strict=True):
-        in_others = torch.ones(n, dtype=torch.bool, device=scatter.device)
-        in_others[start:stop] = False
-        others, mean = rows.take(in_others)
-        others_centred = others_scatter - len(others) * torch.outer(mean, mean)
-        if others_centred.trace() < _CENTRING_LIMIT * others_scatter.trace():
-            others_centred = others.scatter()
-        yield Fold(slice(start, stop), rows.rows(start, stop) - mean, others, others_centred)
+    scatters = _sums_of_others([rows.scatter(run.start, run.stop) for run in runs])
+    found: dict[int, _Found] = {}
+
+    def look_at(i: int) -> None:
+        found[i] = look(_fold(rows, runs[i], scatters[i]))
+
+    # The rows, the scatter matrix, its eigenvectors, and what their computation takes.
+    n_at_once = working_memory // (8 * width * (n + 5 * width))
+    is_shared_out = 2 * n_at_once >= min(torch.get_num_threads(), n_folds) and n * width**2 >= _SMALL_FOLD
+    if rows.X.is_cpu and is_shared_out:
+        with one_blas_thread():
+            run_on_single_cores(n_at_once)(look_at, range(n_folds))
+    else:
+        run_in_turn(look_at, range(n_folds))
+    return [found[i] for i in range(n_folds)]
+
+
+def _fold(rows: CentredRows, run: slice, others_scatter: Tensor) -> Fold:
+    in_others = torch.ones(len(rows), dtype=torch.bool, device=others_scatter.device)
+    in_others[run] = False
+    others, mean = rows.take(in_others)
+    others_centred = others_scatter - len(others) * torch.outer(mean, mean)
+    if others_centred.trace() < _CENTRING_LIMIT * others_scatter.trace():
+        others_centred = others.scatter()
+    return Fold(run, rows.rows(run.start, run.stop) - mean, others, others_centred)
 
 
 def unseen_spectrum(narrow: NarrowRows, noise: float, settings: Settings) -> UnseenSpectrum:
     """Return the spread of rows along principal axes of the other rows; of many rows, by some `_ENOUGH` of them."""
     are_kept = 8 * N_FOLDS * narrow.rows.width**2 <= settings.working_memory
     step = -(-len(narrow.rows) // _ENOUGH)
-    squares, variances, beyond = [], [], []
-    for fold in folds(narrow.rows, narrow.scatter):
+
+    def spread(fold: Fold) -> tuple[Tensor, Tensor, Tensor]:
         pairs = narrow.pairs.get(fold.run.start) or leading_eigenpairs(fold.scatter, narrow.rows.width)
         if are_kept:
             narrow.pairs[fold.run.start] = pairs
         eigenvalues, axes = more_than_rounding(pairs, noise)
         held_out = fold.held_out[::step]
         on_axes = held_out @ axes
-        beyond.append((held_out - on_axes @ axes.T).square().sum(1) + narrow.beyond[fold.run][::step])
-        squares.append(on_axes.square_())
-        variances.append(eigenvalues / (len(fold.others) - 1))
+        beyond = (held_out - on_axes @ axes.T).square().sum(1) + narrow.beyond[fold.run][::step]
+        return on_axes.square(), eigenvalues / (len(fold.others) - 1), beyond
+
+    squares, variances, beyond = zip(*of_folds(narrow.rows, spread, settings.working_memory), strict=True)
     # Folds may have an axis or two more than others: what lies along these goes to what lies beyond the axes.
     width = min(map(len, variances))
     along = torch.cat([of_fold[:, :width] for of_fold in squares])
@@ -281,7 +303,8 @@ def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) 
         settings = settings._replace(bandwidth=whole.density.bandwidth)
     log_densities = whole.density.support.new_full((len(narrow.rows),), torch.nan)
     squared_distances = narrow.beyond.new_full((len(narrow.rows),), torch.nan)
-    for fold in folds(narrow.rows, narrow.scatter):
+
+    def score(fold: Fold) -> None:
         pairs = narrow.pairs.get(fold.run.start)
         found = row_density(fold.others, fold.scatter, d, settings, narrow.units, pairs)
         if found is not None and found.density.axes.shape[1] == d:
@@ -289,6 +312,8 @@ def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) 
             whitened = found.density.whiten(coordinates)
             log_densities[fold.run] = found.density.kernel_log_density(whitened, settings.working_memory)
             squared_distances[fold.run] = distances + narrow.beyond[fold.run]
+
+    of_folds(narrow.rows, score, settings.working_memory)
     return CrossFitted(log_densities, squared_distances)
 
 

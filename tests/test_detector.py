@@ -220,6 +220,26 @@ def test_a_score_does_not_depend_on_the_other_rows(scaling):
         np.testing.assert_allclose(detector.score_samples(new), together, rtol=1e-12)
 
 
+@pytest.mark.parametrize("contamination", ["auto", 0.1])
+@pytest.mark.parametrize("n_components", [6, "auto"])
+def test_a_fit_depends_on_neither_threads_nor_memory(n_components, contamination):
+    X = rows(130, 80, rank=40) + 0.1 * rows(130, 80, seed=2)
+    detectors = []
+    number = torch.get_num_threads()
+    try:
+        for n_threads, working_memory in ((1, 1024), (3, 1024), (3, 0.7), (3, 0.01)):  # three folds at once, two, one
+            torch.set_num_threads(n_threads)
+            with config_context(working_memory=working_memory):
+                detector = DFKDEDetector(n_components=n_components, contamination=contamination, residual="box")
+                detectors.append(detector.fit(X))
+    finally:
+        torch.set_num_threads(number)
+    for other in detectors[1:]:
+        assert other.n_components_ == detectors[0].n_components_
+        np.testing.assert_allclose(other.loo_scores_, detectors[0].loo_scores_, rtol=1e-10)
+        np.testing.assert_allclose(other.score_samples(X), detectors[0].score_samples(X), rtol=1e-10)
+
+
 def test_scaling_weights_no_ranking():
     X, new = rows(80, 10), rows(40, 10, seed=2)
     scores = DFKDEDetector(n_components=3).fit(X).score_samples(new)

@@ -40,6 +40,17 @@ def test_no_more_threads_than_asked_for():
     assert len(threads) == 1
 
 
+def test_a_task_runs_others_in_its_own_thread(n_threads):
+    done = []
+
+    def task(item):
+        own = threading.get_ident()
+        run_on_single_cores(99)(lambda i: done.append((item, i, threading.get_ident() == own)), range(3))
+
+    run_on_single_cores(99)(task, range(5))
+    assert sorted(done) == [(item, i, True) for item in range(5) for i in range(3)]
+
+
 def test_an_error_ends_the_run_and_not_the_threads(n_threads):
     run = run_on_single_cores(99)
     done = []
