@@ -149,7 +149,7 @@ def measured(
     errors = {}
     for _ in range(n_rounds):
         for name, find in solvers.items():
-            time.sleep(0.05)
+            time.sleep(0.3)
             start = time.perf_counter()
             axes = find(X)
             times[name].append(time.perf_counter() - start)
