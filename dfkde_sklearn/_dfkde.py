@@ -21,6 +21,7 @@ from dfkde_sklearn._density import (
     silverman_bandwidth,
 )
 from dfkde_sklearn._reduction import (
+    Basis,
     CentredRows,
     EigenPairs,
     PrincipalAxes,
@@ -159,16 +160,16 @@ class RowDensity:
         """Return coordinates (n, d) scaled and whitened, in the dtype of the support."""
         return product(scaled(coordinates, self.scaling, self.max_length), self.whitening).to(self.support.dtype)
 
-    def in_features(self, basis: Tensor | None) -> RowDensity:
+    def in_features(self, basis: Basis | None) -> RowDensity:
         """Return the same density of rows of features, of which these rows are the coordinates on `basis`.
 
         Each axis is turned so that its entry of largest magnitude is positive: one orientation for any solver.
         """
-        axes = self.axes if basis is None else basis @ self.axes
+        axes = self.axes if basis is None else basis.vectors(self.axes)
         signs = axis_signs(axes)
         return replace(
             self,
-            centre=self.centre if basis is None else basis @ self.centre,
+            centre=self.centre if basis is None else basis.vectors(self.centre[:, None])[:, 0],
             axes=axes * signs,
             whitening=signs[:, None] * self.whitening * signs,
             support=self.support * signs.to(self.support.dtype),

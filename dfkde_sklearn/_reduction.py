@@ -84,18 +84,38 @@ class CentredRows:
         return replace(rows, mean=self.mean + mean / self.scale), mean
 
 
+class Basis(NamedTuple):
+    """An orthonormal basis of the span of a few rows, as the reflectors that a QR decomposition consists of.
+
+    To multiply them out would take as long as the decomposition, and only a few vectors are asked for.
+
+    reflectors : Tensor (n_features, width), below the diagonal.
+    factors : Tensor (width,), of the reflectors.
+    """
+
+    reflectors: Tensor
+    factors: Tensor
+
+    def vectors(self, coordinates: Tensor) -> Tensor:
+        """Return the vectors (n_features, k) that have the coordinates (width, k) on the basis."""
+        n_features, width = self.reflectors.shape
+        padded = coordinates.new_zeros(n_features, coordinates.shape[1])
+        padded[:width] = coordinates
+        return torch.ormqr(self.reflectors, self.factors, padded)
+
+
 class Span(NamedTuple):
     """A data matrix, centred, and rotated onto its span where that is smaller than the feature space.
 
     mean : Tensor (n_features,), float64, the column means of the data.
-    basis : Tensor (n_features, width), the axes of the rotation; None where there is none.
-    rows : CentredRows of `width` columns: ``scale * (X - mean) @ basis``.
+    basis : Basis, the axes of the rotation; None where there is none.
+    rows : CentredRows of `width` columns: the coordinates of ``scale * (X - mean)`` on the basis.
     scale : float, the power of two by which the rows are scaled.
     noise : float, the largest singular value that rounding alone can make, in the units of `rows`.
     """
 
     mean: Tensor
-    basis: Tensor | None
+    basis: Basis | None
     rows: CentredRows
     scale: float
     noise: float
@@ -147,7 +167,7 @@ def span(X: Tensor, working_memory: int) -> Span:
         (the principal axes, the refits without a fold) then costs n_samples columns and not n_features.
     """
     n, n_features = X.shape
-    largest = float(X.abs().max())
+    largest = max(abs(float(x)) for x in X.aminmax())  # without a copy
     # The exponent of the largest entry: after it, entries lie in [-1, 1].
     scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
     # The spectral norm of a matrix of independent rounding errors.
@@ -158,7 +178,8 @@ def span(X: Tensor, working_memory: int) -> Span:
         rows = replace(rows, mean=rows.mean + rows.total() / n / scale)
     if n > 0.8 * n_features:  # fewer columns by so little would not repay the decomposition
         return Span(rows.mean, None, rows, scale, noise)
-    basis, triangle = torch.linalg.qr(rows.rows().T)
+    basis = Basis(*torch.geqrf(rows.rows().T))
+    triangle = basis.reflectors[:n].triu()
     rotated = centred_rows(triangle.T.contiguous(), mean.new_zeros(n), 1.0, working_memory)
     return Span(rows.mean, basis, rotated, scale, noise)
 
