@@ -23,8 +23,8 @@ from torch import Tensor
 # A scatter matrix squares the condition number: singular values under 1e-5 of the largest have lost half their
 # digits in it, and are taken from a singular value decomposition of the rows instead.
 _SCATTER_LIMIT = 1e-10
-# Of narrower matrices a decomposition takes no longer than Lanczos iterations.
-_LANCZOS_WIDTH = 384
+# Of narrower matrices LAPACK takes no longer than Lanczos iterations, or for all pairs no longer than for a few.
+_LANCZOS_WIDTH, _FULL_WIDTH = 384, 256
 
 # Bytes of a block of rows that is still in the processor's cache when it is used; rows that are worth BLAS's threads.
 _CACHED = 2**21
@@ -263,11 +263,11 @@ def leading_eigenpairs(symmetric: Tensor, n: int) -> EigenPairs:
     width = len(symmetric)
     if symmetric.device.type != "cpu":
         eigenvalues, vectors = torch.linalg.eigh(symmetric)
-    elif n > width // 8:
-        # NumPy's, as other threads of Python run meanwhile: not during SciPy's.
+    elif n > width // 8 or width <= _FULL_WIDTH:
+        # NumPy's, during which other threads of Python run, as they do not during SciPy's.
         eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(symmetric.numpy()))
     else:
-        # A few of many vectors cost a third of all, and very few of them less.
+        # A few of many vectors cost half of all, and very few of them less.
         found = _lanczos(symmetric.numpy(), n) if width >= _LANCZOS_WIDTH and n <= width // 12 else None
         if found is None:
             found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])

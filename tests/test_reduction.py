@@ -119,12 +119,13 @@ def symmetric_with(eigenvalues, seed=0):
     ],
     ids=["falling", "repeated", "repeated past the last", "of low rank", "equal", "nearly equal", "none"],
 )
-def test_few_of_many_eigenpairs_are_those_of_a_full_decomposition(eigenvalues):
+@pytest.mark.parametrize("n", [20, 40, 60], ids=["by Lanczos", "by robust representations", "of all"])
+def test_few_of_many_eigenpairs_are_those_of_a_full_decomposition(eigenvalues, n):
     symmetric = symmetric_with(eigenvalues)
-    found, vectors = leading_eigenpairs(torch.from_numpy(symmetric), 20)
-    largest = np.sort(eigenvalues)[::-1][:20]
+    found, vectors = leading_eigenpairs(torch.from_numpy(symmetric), n)
+    largest = np.sort(eigenvalues)[::-1][:n]
     np.testing.assert_allclose(found, largest, atol=1e-12)
-    np.testing.assert_allclose(vectors.T @ vectors, np.eye(20), atol=1e-12)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(n), atol=1e-12)
     np.testing.assert_allclose(symmetric @ vectors.numpy(), vectors.numpy() * largest, atol=1e-12)
 
 
