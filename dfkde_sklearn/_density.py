@@ -22,6 +22,7 @@ from typing import NamedTuple, ParamSpec, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
@@ -249,7 +250,7 @@ def _is_little(m: int, support: Tensor) -> bool:
 def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave_one_out: bool = False) -> Tensor:
     """As `_direct_log_sums`, for little work: in the calling thread, as to wake others may take milliseconds."""
     # NumPy and SciPy have no threads for this; torch, whose exp2 is faster, has some only for more numbers at once.
-    distances = cdist(queries.detach().double().numpy(), support.detach().double().numpy(), "sqeuclidean")
+    distances = cdist(_in_numpy(queries), _in_numpy(support), "sqeuclidean")
     if leave_one_out:
         np.fill_diagonal(distances, np.inf)
     factor = -0.5 * _scale(bandwidth) ** 2
@@ -261,6 +262,12 @@ def _small_log_sums(queries: Tensor, support: Tensor, bandwidth: float, *, leave
         torch.from_numpy(exponents[start : start + 2**14]).exp2_()
     # No sum is under 1, but where the squares of all distances overflow: so does the result.
     return torch.from_numpy((np.log2(np.maximum(distances.sum(1), 1.0)) + factor * nearest) * math.log(2))
+
+
+def _in_numpy(x: Tensor) -> NDArray[np.float64]:
+    if x.dtype == torch.bfloat16:  # which NumPy does not have
+        x = x.float()
+    return x.detach().numpy().astype(np.float64, copy=False)
 
 
 def _is_for_triton(device: torch.device) -> bool:

@@ -240,6 +240,20 @@ def test_a_fit_depends_on_neither_threads_nor_memory(n_components, contamination
         np.testing.assert_allclose(other.score_samples(X), detectors[0].score_samples(X), rtol=1e-10)
 
 
+def test_what_scoring_keeps_for_the_next_call_is_no_older_than_the_detector():
+    X, new = rows(80, 6), rows(40, 6, seed=2)
+    detector = DFKDEDetector(n_components=3).fit(X)
+    before, pickled = detector.score_samples(new), pickle.dumps(detector)
+    assert detector.score_samples(new.astype(np.float32)).dtype == np.float32
+    np.testing.assert_array_equal(detector.score_samples(new), before)
+    assert pickle.dumps(detector) == pickled
+    detector.bandwidth_ *= 2
+    reference = gaussian_kde(scaled(detector, X).T, bw_method=detector.bandwidth_)
+    np.testing.assert_allclose(detector.score_samples(new), reference.logpdf(scaled(detector, new).T), rtol=1e-10)
+    refitted = detector.fit(X + new.mean()).score_samples(new)
+    np.testing.assert_array_equal(refitted, DFKDEDetector(n_components=3).fit(X + new.mean()).score_samples(new))
+
+
 def test_scaling_weights_no_ranking():
     X, new = rows(80, 10), rows(40, 10, seed=2)
     scores = DFKDEDetector(n_components=3).fit(X).score_samples(new)
