@@ -112,7 +112,7 @@ def own_axes(X: NDArray[np.floating]) -> Axes:
     with blas_threads(*X.shape):  # as the detector's fit does
         whole = span(torch.from_numpy(X), WORKING_MEMORY)
         axes = principal_axes(whole.rows, N_COMPONENTS, whole.noise).axes
-    return (axes if whole.basis is None else whole.basis.vectors(axes)).numpy()
+    return whole.in_features(axes).numpy()
 
 
 def own_refits(X: NDArray[np.floating]) -> Axes:
@@ -126,7 +126,7 @@ def own_refits(X: NDArray[np.floating]) -> Axes:
             return principal_axes(fold.others, N_COMPONENTS, whole.noise, fold.scatter).axes
 
         axes = of_folds(whole.rows, axes_of_others, WORKING_MEMORY)[-1]
-    return (axes if whole.basis is None else whole.basis.vectors(axes)).numpy()
+    return whole.in_features(axes).numpy()
 
 
 def arpack_refits(X: NDArray[np.floating]) -> Axes:

@@ -21,10 +21,10 @@ from dfkde_sklearn._density import (
     silverman_bandwidth,
 )
 from dfkde_sklearn._reduction import (
-    Basis,
     CentredRows,
     EigenPairs,
     PrincipalAxes,
+    Span,
     axis_signs,
     centred_rows,
     principal_axes,
@@ -160,16 +160,16 @@ class RowDensity:
         """Return coordinates (n, d) scaled and whitened, in the dtype of the support."""
         return product(scaled(coordinates, self.scaling, self.max_length), self.whitening).to(self.support.dtype)
 
-    def in_features(self, basis: Basis | None) -> RowDensity:
-        """Return the same density of rows of features, of which these rows are the coordinates on `basis`.
+    def in_features(self, whole: Span) -> RowDensity:
+        """Return the same density of rows of features, of which these rows are the coordinates on their span.
 
         Each axis is turned so that its entry of largest magnitude is positive: one orientation for any solver.
         """
-        axes = self.axes if basis is None else basis.vectors(self.axes)
+        axes = whole.in_features(self.axes)
         signs = axis_signs(axes)
         return replace(
             self,
-            centre=self.centre if basis is None else basis.vectors(self.centre[:, None])[:, 0],
+            centre=whole.in_features(self.centre[:, None])[:, 0],
             axes=axes * signs,
             whitening=signs[:, None] * self.whitening * signs,
             support=self.support * signs.to(self.support.dtype),

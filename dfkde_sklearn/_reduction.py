@@ -120,6 +120,10 @@ class Span(NamedTuple):
     scale: float
     noise: float
 
+    def in_features(self, vectors: Tensor) -> Tensor:
+        """Return vectors (width, k) of the space of the rows as vectors (n_features, k)."""
+        return vectors if self.basis is None else self.basis.vectors(vectors)
+
 
 class PrincipalAxes(NamedTuple):
     """The first principal axes of centred rows.

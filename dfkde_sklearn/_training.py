@@ -198,7 +198,7 @@ def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Setti
     log_densities = density.with_residual(scores.log_densities, scores.squared_distances)
     if len(unscored := scores.squared_distances.isnan().nonzero()[:, 0]):
         log_densities[unscored] = density.leave_one_out(whole.rows.rows(), settings.working_memory)[unscored]
-    fitted = FeatureDensity(whole.mean, whole.scale, density.in_features(whole.basis))
+    fitted = FeatureDensity(whole.mean, whole.scale, density.in_features(whole))
     return Training(fitted, log_densities, len(unscored))
 
 

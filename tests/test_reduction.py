@@ -20,7 +20,7 @@ def rows(n, d, seed=0):
 def axes_of(X, n_components, memory=MEMORY):
     whole = span(torch.from_numpy(X), memory)
     found = principal_axes(whole.rows, n_components, whole.noise)
-    axes = found.axes if whole.basis is None else whole.basis.vectors(found.axes)
+    axes = whole.in_features(found.axes)
     return whole, found, (axes * axis_signs(axes)).numpy()
 
 
