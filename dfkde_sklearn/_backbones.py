@@ -11,7 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,9 @@ _loading = threading.RLock()
 _borrowing = threading.RLock()
 # What torch keeps in every module, weights and hooks among it: not its settings.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Under what training programs keep a state dict, and what the modules around a network put before its names.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -113,6 +116,7 @@ def _qualified_name(thing: Any) -> str:
 def borrowed(module: nn.Module, device: torch.device) -> Iterator[Backbone]:
     """Lend a user's module in evaluation mode on `device`, and give it back as it was."""
     with _borrowing:
+        _check_has_values(module)
         devices = {tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())}
         if len(devices) > 1:
             raise ValueError(
@@ -136,6 +140,21 @@ def borrowed(module: nn.Module, device: torch.device) -> Iterator[Backbone]:
                         part.training = flag
             if moved:
                 module.to(next(iter(devices)))
+
+
+def _check_has_values(module: nn.Module) -> None:
+    """Raise a ValueError if a parameter or buffer has a shape at most, but no values."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"backbone: {name!r} gets its shape, and its values, in the first forward pass. Run one, and load the"
+                " module's weights, before it is used."
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"backbone: {name!r} is on the meta device, where tensors have no values. Build the module on the CPU,"
+                " or make room by backbone.to_empty(device='cpu') and then load all its weights."
+            )
 
 
 def module_name(module: nn.Module) -> str:
@@ -182,6 +201,8 @@ def _created(
     options: dict[str, Any] = {"num_classes": 0}
     if size and _takes_one_size(name):
         options["img_size"] = size
+    if name.startswith("local-dir:"):
+        _check_model_folder(name)
     # On the CPU, so that a seed draws the same weights everywhere; the user's generator is left as it was.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         if seed is not None:
@@ -191,15 +212,18 @@ def _created(
             source: dict[str, Any] = {}
             if ":" in name or (pretrained and file is None):
                 found, source = _pretrained_source(name, download)
+            if file is None and not pretrained:
+                return timm.create_model(found, **options)
+            blank = timm.create_model(found, num_classes=0)
             if file is None:
-                return timm.create_model(found, pretrained=pretrained, pretrained_cfg_overlay=source, **options)
-            network = timm.create_model(found, num_classes=0)
-            _load_weights(network, file, name)
+                return _with_weights(blank, found, source, options, name)
+            state = _fitting_state(blank, file, name)
             if "img_size" not in options:
-                return network
+                blank.load_state_dict(state, strict=False)
+                return blank
             # timm resamples what depends on the size, such as position embeddings.
-            source = {"file": str(file), "custom_load": False}
-            return timm.create_model(found, pretrained=True, pretrained_cfg_overlay=source, **options)
+            source = {"source": "", "state_dict": state, "custom_load": False}
+            return _with_weights(blank, found, source, options, name)
         except OSError as error:
             from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -256,43 +280,141 @@ def _weights_file(weights: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _load_weights(network: nn.Module, file: Path, name: str) -> None:
-    """Load a file into `network`, whose weights it must have all, and no others but a classifier's."""
-    from timm.models import load_state_dict
+def _check_model_folder(name: str) -> None:
+    folder = Path(name.partition(":")[2])
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"backbone={name!r}: there is no file 'config.json' in {str(folder)!r}. Allowed: a folder that"
+            " timm.models.save_for_hf has written, or one that is laid out as a model of timm on the hub."
+        )
+
+
+def _with_weights(
+    blank: nn.Module, found: str, source: dict[str, Any], options: dict[str, Any], name: str
+) -> nn.Module:
+    """Return what timm makes of pretrained weights, each of which must come from their source.
+
+    timm does not check that where the source has another number of classes, as it always has here.
+    """
+    import timm
 
     try:
-        given = load_state_dict(str(file), weights_only=True)
-        shapes = {key: tuple(values.shape) for key, values in given.items()}
+        network = timm.create_model(found, pretrained=True, pretrained_cfg_overlay=source, **options)
+    except (OSError, TypeError):
+        raise
     except Exception as error:
         raise ValueError(
-            f"weights={str(file)!r} cannot be read as safetensors (a name that ends so) or as a state dict of"
-            f" torch.save: {error}"
+            f"The weights of backbone {name!r} cannot be loaded into a network of this architecture: {error}"
         ) from error
-    config: Any = network.pretrained_cfg
-    classifier = config.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
-    own = {key: tuple(values.shape) for key, values in network.state_dict().items()}
-    # Batch norms count batches in training only, and older files lack the count.
-    missing = [key for key in own.keys() - shapes.keys() if not key.endswith("num_batches_tracked")]
-    differences = {
-        "missing": [key for key in missing if not key.startswith(heads)],
-        "unexpected": [key for key in shapes.keys() - own.keys() if not key.startswith(heads)],
-        "of another shape": [
-            f"{key} {shapes[key]} for {own[key]}" for key in own.keys() & shapes.keys() if own[key] != shapes[key]
-        ],
+    # timm would keep a copy of all weights there.
+    network.pretrained_cfg.pop("state_dict", None)
+    # Whatever reads and converts the weights, in the end it writes them into the network's tensors, which count how
+    # often they are written to.
+    unwritten = _versions(blank)
+    untouched = [key for key, version in _versions(network).items() if version == unwritten.get(key, version)]
+    if untouched:
+        raise ValueError(
+            f"The weights of backbone {name!r} are not complete: {untouched[0]!r}"
+            + (f" and {len(untouched) - 1} more are" if len(untouched) > 1 else " is")
+            + f" not among them, of {len(unwritten)} that the network needs, and would be random. Is the file of this"
+            " architecture, and are its names timm's? weights=PATH takes prefixes such as 'model.' off the names in"
+            " a file; pretrained=False gives random weights."
+        )
+    return network
+
+
+def _versions(network: nn.Module) -> dict[str, int]:
+    """Return how often each parameter and buffer of a network was written to."""
+    tensors = network.state_dict(keep_vars=True)
+    return {key: values._version for key, values in tensors.items() if values.numel()}
+
+
+def _fitting_state(network: nn.Module, file: Path, name: str) -> dict[str, Tensor]:
+    """Return the state dict in a file that has all weights of `network`, and no others but a classifier's.
+
+    Names may have prefixes from the modules around the network; what these hold beside it is left out.
+    """
+    given = _read_state(file)
+    own = {key: tuple(values.shape) for key, values in network.state_dict().items() if values.numel()}
+    states = {
+        prefix: {key.removeprefix(prefix): values for key, values in given.items() if key.startswith(prefix)}
+        for prefix in _prefixes(given)
     }
-    if any(differences.values()):
+    differences = {prefix: _differences(own, state, _classifier_prefixes(network)) for prefix, state in states.items()}
+    complete = [
+        prefix for prefix, found in differences.items() if not found["missing"] and not found["of another shape"]
+    ]
+    if len(complete) > 1:
+        raise ValueError(
+            f"weights={str(file)!r} hold backbone {name!r} {len(complete)} times, under the prefixes"
+            f" {', '.join(map(repr, complete))}. Save the one that is meant in a file of its own."
+        )
+    closest = complete[0] if complete else min(states, key=lambda prefix: len(differences[prefix]["missing"]))
+    if any(differences[closest].values()):
         listed = "; ".join(
             f"{len(keys)} {kind}: {', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
-            for kind, keys in differences.items()
+            for kind, keys in differences[closest].items()
             if keys
         )
         raise ValueError(
-            f"weights={str(file)!r} do not fit backbone {name!r}: {listed}. For a network with other arguments,"
-            " or a file that timm has to convert, pass the module: backbone=timm.create_model(...,"
-            " pretrained=True, pretrained_cfg_overlay=dict(file=PATH))."
+            f"weights={str(file)!r} do not fit backbone {name!r}"
+            + (f" without the prefix {closest!r}" if closest else "")
+            + f": {listed}. For a network with other arguments, or a file that timm has to convert, pass the module:"
+            " backbone=timm.create_model(NAME, pretrained=True, num_classes=N, pretrained_cfg_overlay=dict(file=PATH,"
+            " num_classes=N)), where N is the number of classes in the file, 0 without a classifier. With another N"
+            " timm leaves weights that it does not find random."
         )
-    network.load_state_dict(given, strict=False)
+    return states[closest]
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    from timm.models import load_state_dict
+
+    try:
+        given: Any = load_state_dict(str(file), weights_only=True)
+        while wrapper := next((key for key in _WRAPPERS if isinstance(given.get(key), Mapping)), None):
+            given = given[wrapper]
+        strays = [key for key, values in given.items() if not isinstance(values, Tensor)]
+        if strays:
+            raise TypeError(f"{strays[0]!r} is no tensor")
+    except Exception as error:
+        raise ValueError(
+            f"weights={str(file)!r} cannot be read as safetensors (a name that ends so) or as a state dict of"
+            f" torch.save, bare or under one of the keys {', '.join(map(repr, _WRAPPERS))}: {error}"
+        ) from error
+    return dict(given)
+
+
+def _prefixes(names: Mapping[str, Any]) -> list[str]:
+    """Return what may be taken off these names: "", and prefixes that they begin with, alone and in a row."""
+    found = {"": None}
+    for name in names:
+        rest = name
+        while prefix := next(filter(rest.startswith, _PREFIXES), None):
+            rest = rest.removeprefix(prefix)
+            found[name.removesuffix(rest)] = None
+    return list(found)
+
+
+def _classifier_prefixes(network: nn.Module) -> tuple[str, ...]:
+    config: Any = network.pretrained_cfg
+    classifier = config.get("classifier") or ()
+    return tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+
+
+def _differences(
+    own: dict[str, tuple[int, ...]], state: dict[str, Tensor], classifier: tuple[str, ...]
+) -> dict[str, list[str]]:
+    """Return in what a state dict differs from what a network needs, each kind of difference with its names."""
+    shapes = {key: tuple(values.shape) for key, values in state.items()}
+    return {
+        # Batch norms count batches in training only, and older files lack the count.
+        "missing": [key for key in own if key not in shapes and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in shapes if key not in own and not key.startswith(classifier)],
+        "of another shape": [
+            f"{key} {shapes[key]} for {shape}" for key, shape in own.items() if shapes.get(key, shape) != shape
+        ],
+    }
 
 
 def _pretrained_source(name: str, download: bool) -> tuple[str, dict[str, Any]]:

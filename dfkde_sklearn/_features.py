@@ -47,12 +47,14 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         How the positions of a layer become one vector: their mean, their maximum, or the generalised mean
         with exponent 3 of values clamped to at least 1e-6 [1]_. Class and register tokens are left out.
     pretrained : bool, default=True
-        Whether a named backbone gets timm's pretrained weights, downloaded at the first use. False gives
-        random weights, drawn with `random_state`.
+        Whether a named backbone gets timm's pretrained weights, downloaded at the first use. Weights that are
+        not complete are an error. False gives random weights, drawn with `random_state`.
     weights : str, PathLike or None, default=None
         File with the weights of a named backbone, in place of pretrained ones: safetensors, or a state dict
-        of ``torch.save``, read with ``weights_only=True``. Weights of a classifier may be there or not; any
-        other difference to the network is an error.
+        of ``torch.save``, read with ``weights_only=True``, bare or under one of the keys "state_dict",
+        "model_state_dict" and "model". Prefixes "module.", "model.", "backbone.", "encoder." and "_orig_mod." are
+        taken off the names if these then fit, and names without them are left out. Weights of a classifier may be
+        there or not; any other difference to the network is an error.
     image_size : int, tuple (height, width) or None, default=None
         Size in pixels of what the network sees. None is the backbone's own.
     batch_size : int, default=32

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import socket
 import threading
@@ -458,6 +459,10 @@ def saved(file, state=None, *, network="test_resnet", wrap=lambda state: state, 
     return file
 
 
+def prefixed(prefix, state):
+    return {f"{prefix}{key}": values for key, values in state.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "wrap", "num_classes"),
     [
@@ -466,6 +471,11 @@ def saved(file, state=None, *, network="test_resnet", wrap=lambda state: state, 
         ("a.pth", lambda state: state, 3),
         ("a.pt", lambda state: {"state_dict": state, "epoch": 3}, 0),
         ("a.bin", lambda state: {"model": {f"module.{key}": v for key, v in state.items()}}, 0),
+        ("a.pt", lambda state: {"model_state_dict": state, "optimizer": {"lr": 0.1}}, 5),
+        ("a.pt", lambda state: {"model": {"state_dict": prefixed("encoder.", state)}}, 0),
+        ("a.pt", lambda state: prefixed("model.", state), 1000),
+        ("a.pt", lambda state: prefixed("backbone.", state) | {"decoder.weight": torch.ones(2)}, 0),
+        ("a.pt", lambda state: {"state_dict": prefixed("model._orig_mod.module.backbone.", state)}, 4),
     ],
 )
 @pytest.mark.parametrize("pretrained", [True, False])
@@ -515,14 +525,126 @@ def test_image_size_resamples_position_embeddings_as_timm_does(images, tmp_path)
             r"1 of another shape: conv1.0.weight \(2, 2\) for \(\d+, 3, 3, 3\)",
         ),
         (lambda state: state.clear(), r"\d+ missing: bn1.bias, .*, \.\.\."),
+        (
+            lambda state: prefix_in_place("model.", state).pop("model.layer4.0.conv1.weight"),
+            r"without the prefix 'model\.': 1 missing: layer4.0.conv1.weight",
+        ),
+        (
+            lambda state: prefix_in_place("backbone.", state).update({"backbone.extra": torch.ones(2)}),
+            r"without the prefix 'backbone\.': 1 unexpected: extra",
+        ),
+        (lambda state: prefix_in_place("trunk.", state), r"\d+ missing: bn1.bias, "),
     ],
 )
 def test_weights_that_do_not_fit_are_an_error_that_lists_the_keys(change, message, images, tmp_path):
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     change(state)
     file = saved(tmp_path / "other.pth", dict(state))
-    with pytest.raises(ValueError, match=rf"other\.pth' do not fit backbone 'test_resnet\.r160_in1k': {message}"):
+    with pytest.raises(ValueError, match=rf"other\.pth' do not fit backbone 'test_resnet\.r160_in1k':? {message}"):
         tiny(weights=file).fit(images)
+
+
+def prefix_in_place(prefix, state):
+    for key in list(state):
+        state[prefix + key] = state.pop(key)
+    return state
+
+
+def test_file_that_holds_the_network_twice_is_refused(images, tmp_path):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    file = saved(tmp_path / "twice.pth", prefixed("encoder.", state) | prefixed("model.encoder.", state))
+    with pytest.raises(ValueError, match=r"2 times, under the prefixes 'encoder\.', 'model\.encoder\.'"):
+        tiny(weights=file).fit(images)
+
+
+def without(part):
+    return lambda state: {key: values for key, values in state.items() if part not in key}
+
+
+def model_folder(folder, state, **config):
+    """Lay weights and a configuration into a folder as timm does for the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saved(folder / "model.safetensors", state)
+    config = {"architecture": "test_resnet", "pretrained_cfg": {"num_classes": 1000, "classifier": "fc"} | config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def weights_by(route, state, tmp_path, monkeypatch):
+    """Return the name of a backbone whose weights come in by one of the routes."""
+    if route == "local-dir":
+        return f"local-dir:{model_folder(tmp_path / 'model', state)}"
+    name = "someone--something" if route == "hf-hub" else "timm--test_resnet.r160_in1k"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / f"models--{name}"
+    model_folder(repository / "snapshots" / "abc", state)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    return "hf-hub:someone/something" if route == "hf-hub" else "test_resnet.r160_in1k"
+
+
+ROUTES = ["local-dir", "hf-hub", "hub's cache"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("change", [lambda state: state, without("fc."), without("num_batches_tracked")])
+def test_weights_are_those_of_the_file_by_every_route(route, change, images, tmp_path, monkeypatch):
+    state = seeded(lambda: timm.create_model("test_resnet"), 5).state_dict()
+    backbone = weights_by(route, change(state), tmp_path, monkeypatch)
+    expected = tiny(weights=saved(tmp_path / "all.pth", state)).fit(images)
+    assert TimmFeatures(backbone, device="cpu").fit(images).weights_hash_ == expected.weights_hash_
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: prefixed("model.", state), r"'conv1\.0\.weight' and 74 more are not"),
+        (lambda _: timm.create_model("test_vit").state_dict(), r"'conv1\.0\.weight' and 74 more are not"),
+        (without("layer4."), r"'layer4\.0\.conv1\.weight' and \d+ more are not"),
+        (without("layer2.0.bn1.running_var"), r"'layer2\.0\.bn1\.running_var' is not"),
+        (lambda state: state | {"conv1.0.weight": torch.ones(2, 2)}, r"cannot be loaded [\s\S]*conv1\.0\.weight"),
+    ],
+)
+def test_weights_that_the_file_lacks_are_an_error_by_every_route(route, change, message, images, tmp_path, monkeypatch):
+    backbone = weights_by(route, change(timm.create_model("test_resnet").state_dict()), tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=rf"^The weights of backbone '{backbone}' .*{message}"):
+        TimmFeatures(backbone, device="cpu").fit(images)
+
+
+def test_names_in_a_model_s_folder_may_have_prefixes_where_the_file_is_named(images, tmp_path):
+    state = seeded(lambda: timm.create_model("test_resnet"), 5).state_dict()
+    folder = model_folder(tmp_path / "model", prefixed("model.", state))
+    found = TimmFeatures(f"local-dir:{folder}", weights=folder / "model.safetensors", device="cpu").fit(images)
+    assert found.weights_hash_ == tiny(weights=saved(tmp_path / "all.pth", state)).fit(images).weights_hash_
+
+
+def test_folder_without_a_model_is_an_error_that_names_it(images, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"'local-dir:{tmp_path}': there is no file 'config\.json'"):
+        TimmFeatures(f"local-dir:{tmp_path}", device="cpu").fit(images)
+
+
+@pytest.mark.parametrize("num_classes", [0, 7])
+def test_recipe_for_a_module_in_the_error_of_weights_checks_the_weights(num_classes, tmp_path):
+    state = timm.create_model("test_resnet", num_classes=num_classes).state_dict()
+
+    def by_recipe(file):
+        overlay = {"file": str(file), "num_classes": num_classes}
+        return timm.create_model(
+            "test_resnet", pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay
+        )
+
+    module = by_recipe(saved(tmp_path / "whole.pth", state))
+    assert all(torch.equal(values, state[key]) for key, values in module.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"Missing key.*layer4\.0"):
+        by_recipe(saved(tmp_path / "part.pth", without("layer4.")(state)))
+
+
+def test_weights_leave_no_second_copy_in_the_network(images, tmp_path):
+    file = saved(tmp_path / "vit.safetensors", network="test_vit", num_classes=0)
+    tiny("test_vit", weights=file, image_size=96).fit(images)
+    (loaded,) = _backbones._loaded.values()
+    assert "state_dict" not in loaded.network.pretrained_cfg
 
 
 class Harmful:
@@ -800,6 +922,13 @@ def test_layer_that_cannot_be_read_is_an_error_that_says_why(layers, message, im
         tiny(Odd(), layers=layers, image_size=16).fit(images)
 
 
+def on_meta(module, buffer=None):
+    if buffer is None:
+        return module.to("meta")
+    module.register_buffer(buffer, torch.empty(2, device="meta"), persistent=False)
+    return module
+
+
 def test_axes_that_are_not_certain_are_an_error(images):
     # 16 patches and 16 channels, in a network that takes one size only
     with pytest.raises(ValueError, match="which axis holds the channels is not certain"):
@@ -826,6 +955,9 @@ def test_axes_that_are_not_certain_are_an_error(images):
         ({"backbone": Input(input_size=(1, 8, 8))}, "images of 1 channels"),
         ({"backbone": nn.Conv2d(1, 2, 3)}, "backbone 'Conv2d' does not take colour images of 224 x 224"),
         ({"backbone": swin()}, "backbone 'SwinTransformer' does not take .* 224 x 224 .* pass image_size"),
+        ({"backbone": on_meta(nn.Conv2d(3, 2, 3))}, "backbone: 'weight' is on the meta device"),
+        ({"backbone": on_meta(Input(), "pixels")}, "backbone: 'pixels' is on the meta device"),
+        ({"backbone": nn.LazyConv2d(2, 3)}, "backbone: 'weight' gets its shape, and its values, in the first forward"),
         ({"device": "warp"}, "device='warp' is not a torch device"),
     ],
 )
