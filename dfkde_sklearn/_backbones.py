@@ -299,7 +299,7 @@ def _with_weights(
     import timm
 
     try:
-        network = timm.create_model(found, pretrained=True, pretrained_cfg_overlay=source, **options)
+        network: Any = timm.create_model(found, pretrained=True, pretrained_cfg_overlay=source, **options)
     except (OSError, TypeError):
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ from dfkde_sklearn._backbones import Backbone, borrowed, full_name, module_name,
 from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._images import Images, as_images, image_batches
-from dfkde_sklearn._layers import LayersRead, check_layers, layer_formats, pooled, visit_layers
+from dfkde_sklearn._layers import LayersRead, check_layers, layer_formats, micro_batch_size, pooled, visit_layers
 
 
 class TimmFeatures(TransformerMixin, BaseEstimator):
@@ -45,7 +45,8 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         output of another module.
     pooling : {"avg", "max", "gem"}, default="avg"
         How the positions of a layer become one vector: their mean, their maximum, or the generalised mean
-        with exponent 3 of values clamped to at least 1e-6 [1]_. Class and register tokens are left out.
+        with exponent 3 of values clamped to at least 1e-6 [1]_. Class and register tokens, those whose number does
+        not grow with the image, are left out; they are taken to come first.
     pretrained : bool, default=True
         Whether a named backbone gets timm's pretrained weights, downloaded at the first use. Weights that are
         not complete are an error. False gives random weights, drawn with `random_state`.
@@ -58,7 +59,8 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
     image_size : int, tuple (height, width) or None, default=None
         Size in pixels of what the network sees. None is the backbone's own.
     batch_size : int, default=32
-        Images that go through the network at once. Does not change the result.
+        Images that are read ahead and that go through the network at once at most. On a CPU fewer do, where that is
+        faster: as many as keep the largest activation within 20 MiB. Changes the result by rounding only.
     cache : bool, str, PathLike or None, default=None
         Whether to keep features, layer by layer, and read those that are there. True: in the memory of this
         process, up to 1 GiB, for all feature stages. A path: in this folder, for any number of processes of
@@ -86,6 +88,8 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         Number of features of each layer.
     n_features_out_ : int
         Number of features.
+    activation_bytes_ : int
+        Size for an image of the largest tensor in a forward pass, in bytes.
     input_size_ : tuple of int
         Height and width of what the network sees.
     mean_, std_ : tuple of float
@@ -299,7 +303,9 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
             self.crop_pct_ = config["crop_pct"]
             if self.layers is not None:
                 check_layers(layers, backbone.network, self.backbone_name_)
-            found = layer_formats(backbone.network, fingerprint, layers, self.input_size_, self.backbone_name_)
+            found, self.activation_bytes_ = layer_formats(
+                backbone.network, fingerprint, layers, self.input_size_, self.backbone_name_
+            )
         if not layers and found[0].axes == "NC" and self.pooling != "avg":
             raise ValueError(
                 f"pooling={self.pooling!r} has nothing to pool: with layers=None the backbone's own pooling is"
@@ -385,6 +391,11 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         if blocks is not None:
             plan = [plan[block] for block in blocks]
         formats = {name: (axes, prefix_tokens) for name, axes, prefix_tokens in plan}
+        n_at_once = micro_batch_size(network, batch, self.activation_bytes_)
+        return torch.cat([self._rows_at_once(network, part, formats) for part in batch.split(n_at_once)])
+
+    def _rows_at_once(self, network: nn.Module, batch: Tensor, formats: dict[str, tuple[str, int]]) -> Tensor:
+        """Return the features of a batch that goes through the network in one pass."""
         vectors: dict[str, Tensor] = {}
 
         def pool(layer: str, output: Tensor) -> None:

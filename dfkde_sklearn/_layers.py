@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+# On CPUs, bytes that one tensor may take in a forward pass. The C library maps large blocks of memory anew in each
+# call, from 32 MiB on at the latest, and the page faults cost more than the arithmetic: benchmarks/micro_batches.py.
+MAX_ACTIVATION_BYTES = 20 * 2**20
 # Formats kept of networks that were looked at, which a search asks for again in every fold.
 MAX_FORMATS = 64
-_formats: OrderedDict[tuple[Any, ...], list[LayerFormat]] = OrderedDict()
+_formats: OrderedDict[tuple[Any, ...], tuple[list[LayerFormat], int]] = OrderedDict()
 _looking = threading.Lock()
 
 
@@ -32,7 +36,7 @@ class LayerFormat(NamedTuple):
     axes : str
         "NC", "NCHW", "NHWC", "NLC" or "NCL"; L are tokens.
     prefix_tokens : int
-        Class and register tokens, which come first.
+        Class and register tokens, which come first: as many as do not grow with the image.
     width : int
         Length of the axis C.
     """
@@ -44,8 +48,7 @@ class LayerFormat(NamedTuple):
 
 def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
     """Run a forward pass and call ``visit(name, output)`` when a layer returns, or with the embedding."""
-    tensors = itertools.chain(network.parameters(), network.buffers())
-    like = next((tensor for tensor in tensors if tensor.is_floating_point()), batch)
+    like = _weight(network, batch)
     thread = threading.get_ident()
 
     def hook_for(layer: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -70,6 +73,46 @@ def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Ca
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def micro_batch_size(network: nn.Module, batch: Tensor, activation_bytes: int) -> int:
+    """Return the number of images of a batch that a forward pass takes at once where that is fastest.
+
+    Parameters
+    ----------
+    network : nn.Module
+        On the device where the pass runs.
+    batch : Tensor of shape (n, ...)
+        The images.
+    activation_bytes : int
+        Bytes for an image of the largest tensor in the pass.
+    """
+    if _weight(network, batch).device.type != "cpu":
+        return max(1, len(batch))
+    return max(1, min(len(batch), MAX_ACTIVATION_BYTES // max(1, activation_bytes)))
+
+
+def _weight(network: nn.Module, default: Tensor) -> Tensor:
+    """Return a tensor of the network in whose dtype and on whose device it computes."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation of this thread makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        # A view, such as of a weight that is transposed, takes no memory.
+        given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
+        for value in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in given:
+                self.n_bytes = max(self.n_bytes, value.numel() * value.element_size())
+        return output
 
 
 def embedding(network: nn.Module, batch: Tensor) -> Any:
@@ -116,9 +159,10 @@ def check_layers(layers: list[str], network: nn.Module, name: str) -> None:
 
 def layer_formats(
     network: nn.Module, fingerprint: str, layers: list[str], size: tuple[int, int], name: str
-) -> list[LayerFormat]:
-    """Return the format of each layer's output, [] being the embedding, found out by forward passes of blank images.
+) -> tuple[list[LayerFormat], int]:
+    """Return the format of each layer's output, [] being the embedding, and the bytes of the largest activation.
 
+    Both are found out by forward passes of blank images; the bytes are those for an image.
     What was found out of a network is known from then on by its fingerprint.
     """
     key = (fingerprint, *layers, *size)
@@ -131,10 +175,14 @@ def layer_formats(
         return _formats[key]
 
 
-def _found_formats(network: nn.Module, layers: list[str], size: tuple[int, int], name: str) -> list[LayerFormat]:
+def _found_formats(
+    network: nn.Module, layers: list[str], size: tuple[int, int], name: str
+) -> tuple[list[LayerFormat], int]:
     height, width = size
+    largest = _LargestTensor()
     try:
-        shapes = _output_shapes(network, layers, (height, width))
+        with largest:
+            shapes = _output_shapes(network, layers, (height, width))
     except Exception as error:
         raise ValueError(
             f"backbone {name!r} does not take colour images of {height} x {width} pixels: {error!r}."
@@ -163,14 +211,18 @@ def _found_formats(network: nn.Module, layers: list[str], size: tuple[int, int],
         if taller is None or taller[layer][0] == shape:
             axes, prefix_tokens = _axes_by_size(network, shape, height, width)
         else:
-            axes, prefix_tokens = _axes_by_growth(network, shape, taller[layer][0])
+            axes, prefix_tokens = _axes_by_growth(network, shape, taller[layer][0], height, width)
+        returned = f"{called[layer]} returns shape {shape} for 2 images of {height} x {width} pixels"
         if axes is None:
+            raise ValueError(f"{returned}: which axis holds the channels is not certain. Name another layer.")
+        if prefix_tokens is None:
             raise ValueError(
-                f"{called[layer]} returns shape {shape} for 2 images of {height} x {width} pixels: which axis"
-                " holds the channels is not certain. Name another layer."
+                f"{returned}, {axes}: how many of the {shape[axes.index('L')]} tokens are class and register tokens,"
+                " which must not be pooled, is not certain. Name another layer, or set backbone.num_prefix_tokens to"
+                " their number."
             )
         formats.append(LayerFormat(axes, prefix_tokens, shape[axes.index("C")]))
-    return formats
+    return formats, largest.n_bytes // 2
 
 
 def _output_shapes(network: nn.Module, layers: list[str], size: tuple[int, int]) -> dict[str, list[Any]]:
@@ -189,7 +241,9 @@ def _n_wide_axes(shape: tuple[int, ...]) -> int:
     return sum(length > 1 for length in shape[1:])
 
 
-def _axes_by_growth(network: nn.Module, shape: tuple[int, ...], taller: tuple[int, ...]) -> tuple[str | None, int]:
+def _axes_by_growth(
+    network: nn.Module, shape: tuple[int, ...], taller: tuple[int, ...], height: int, width: int
+) -> tuple[str | None, int | None]:
     """Return axes and prefix tokens of an output from its shape for an image and for one twice as tall.
 
     There are as many channels, and as many prefix tokens, for every size of image.
@@ -199,14 +253,16 @@ def _axes_by_growth(network: nn.Module, shape: tuple[int, ...], taller: tuple[in
     axes = next((axes for axes, key in named.items() if key == (len(shape), *grown)), None)
     if axes is None or "L" not in axes:
         return axes, 0
-    n_prefix = getattr(network, "num_prefix_tokens", 0)
-    constant = 2 * shape[grown[0]] - taller[grown[0]]
-    if n_prefix == 0 or constant == 0:
-        return axes, 0
-    return (axes, n_prefix) if constant == n_prefix else (None, 0)
+    length = shape[grown[0]]
+    constant = 2 * length - taller[grown[0]]
+    stated = getattr(network, "num_prefix_tokens", None)
+    if constant == stated:
+        return axes, stated
+    # A grid that does not double exactly, as of overlapping patches, leaves a constant as well.
+    return axes, _prefix_tokens(length, {0, constant if stated is None else stated}, height, width)
 
 
-def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width: int) -> tuple[str | None, int]:
+def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width: int) -> tuple[str | None, int | None]:
     """Return axes and prefix tokens of an output of a network that takes images of one size only."""
     if len(shape) == 4:
         maps = {"NCHW": shape[2:], "NHWC": shape[1:3]}
@@ -214,17 +270,54 @@ def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width
         return (proportional[0] if len(proportional) == 1 else None), 0
     if len(shape) != 3:
         return None, 0
-    n_prefix = getattr(network, "num_prefix_tokens", 0)
-    n_patches = [getattr(module, "num_patches", None) for module in network.modules()]
-    lengths = [n + prefix for n in n_patches if isinstance(n, int) for prefix in (0, n_prefix)]
-    widths = [getattr(network, "embed_dim", None), getattr(network, "num_features", None)]
-    widths += [info.get("num_chs") for info in getattr(network, "feature_info", None) or []]
+    stated = getattr(network, "num_prefix_tokens", None)
+    n_patches = {n for module in network.modules() if isinstance(n := getattr(module, "num_patches", None), int)}
+    if stated is None:
+        n_patches |= _convolved_positions(network, height, width)
+    lengths = {n + prefix for n in n_patches for prefix in (0, stated or 0)}
     fitting = [axis for axis in (1, 2) if shape[axis] in lengths]
     if len(fitting) != 1:
+        widths = _token_widths(network)
         fitting = [axis for axis in (1, 2) if shape[3 - axis] in widths]
     if len(fitting) != 1:
         return None, 0
     axes, length = ("NLC", "NCL")[fitting[0] - 1], shape[fitting[0]]
-    if n_prefix == 0 or length in n_patches:
+    if length in n_patches:
         return axes, 0
-    return (axes, n_prefix) if length - n_prefix in n_patches else (None, 0)
+    if stated is None:
+        # Of several numbers of patches the largest that the tokens can hold.
+        stated = length - max((n for n in n_patches if n < length <= 2 * n), default=length)
+    elif length - stated in n_patches:
+        return axes, stated
+    # Merged patches are fewer than all.
+    return axes, _prefix_tokens(length, {0, stated}, height, width)
+
+
+def _prefix_tokens(length: int, candidates: set[int], height: int, width: int) -> int | None:
+    """Return the one of several numbers of prefix tokens that leaves a grid of patches, None if it is not certain."""
+    fitting = [n for n in candidates if 0 <= n < length and _is_grid(length - n, height, width)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _is_grid(n_positions: int, height: int, width: int) -> bool:
+    """Return whether so many positions can be rows and columns in the proportions of an image, but for rounding."""
+    return any(
+        n_positions % rows == 0 and abs(n_positions // rows - rows * width / height) < 1
+        for rows in range(1, n_positions + 1)
+    )
+
+
+def _convolved_positions(network: nn.Module, height: int, width: int) -> set[int]:
+    """Return the numbers of positions in the outputs of the network's convolutions, patch embeddings among them."""
+    convolutions = [name for name, module in network.named_modules() if name and isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        return set()
+    shapes = _output_shapes(network, convolutions, (height, width))
+    return {math.prod(shape[2:]) for found in shapes.values() for shape in found}
+
+
+def _token_widths(network: nn.Module) -> list[Any]:
+    """Return the numbers of channels that a network's tokens may have."""
+    widths = [getattr(network, "embed_dim", None), getattr(network, "num_features", None)]
+    widths += [info.get("num_chs") for info in getattr(network, "feature_info", None) or []]
+    return widths + [module.normalized_shape[-1] for module in network.modules() if isinstance(module, nn.LayerNorm)]

@@ -274,6 +274,101 @@ def test_layers_are_concatenated_in_the_order_asked_for(images):
     assert tiny().fit(images).get_feature_names_out()[1] == "embedding_1"
 
 
+class Transformer(nn.Module):
+    """A vision transformer of one's own: `n_prefix` tokens, patches, blocks; of any size, or of one."""
+
+    def __init__(self, n_prefix=1, kernel=8, stride=8, fixed=None, convolved=True, width=24):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, kernel, stride) if convolved else nn.Unfold(kernel, stride=stride)
+        self.embedding = nn.Identity() if convolved else nn.Linear(3 * kernel**2, width)
+        self.tokens = nn.Parameter(torch.randn(1, n_prefix, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 32, batch_first=True, norm_first=True) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.turned = nn.Identity()
+        self.fixed = fixed
+
+    def forward(self, batch):
+        if self.fixed is not None and tuple(batch.shape[2:]) != self.fixed:
+            raise ValueError(f"Input image size {tuple(batch.shape[2:])} doesn't match model {self.fixed}.")
+        tokens = self.embedding(self.patches(batch).flatten(2).transpose(1, 2))
+        tokens = torch.cat([self.tokens.expand(len(batch), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.norm(tokens)
+        self.turned(tokens.mT)
+        return tokens[:, 0]
+
+
+class Wrapped(nn.Module):
+    """Knows nothing of the tokens of what it wraps."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.inner = network
+
+    def forward(self, batch):
+        return self.inner(batch)
+
+
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(
+        image_size=64, patch_size=8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=32, num_classes=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "size", "n_prefix"),
+    [
+        (lambda: Transformer(5), "blocks.1", (64, 64), 5),  # as torch.hub's DINOv2 with registers
+        (lambda: Transformer(1), "blocks.1", (64, 96), 1),
+        (lambda: Transformer(1), "norm", (40, 56), 1),  # 36 in all, which is a square too
+        (lambda: Transformer(5), "turned", (64, 64), 5),
+        (lambda: Transformer(2, fixed=(64, 64)), "blocks.0", (64, 64), 2),  # as a distilled one of Hugging Face
+        (lambda: Transformer(1, fixed=(64, 64)), "norm", (64, 64), 1),
+        (lambda: Transformer(1, fixed=(64, 64)), "turned", (64, 64), 1),
+        (lambda: Transformer(0, fixed=(64, 64)), "norm", (64, 64), 0),
+        (lambda: Transformer(0), "norm", (64, 64), 0),
+        (lambda: Transformer(4, convolved=False), "norm", (64, 64), 4),
+        (lambda: Transformer(0, kernel=8, stride=7), "norm", (64, 64), 0),  # 9 rows, and 18 of twice the height
+        (lambda: Transformer(0, kernel=16, stride=6), "norm", (64, 64), 0),  # 9 rows, and 19
+        (lambda: Transformer(0, kernel=3, stride=5), "norm", (64, 64), 0),  # 13 rows, and 26
+        (lambda: Transformer(0, kernel=3, stride=6), "norm", (63, 63), 0),  # 11 rows, and 21
+        (lambda: Wrapped(vit()), "inner.blocks.1", (64, 64), 1),
+        (torchvision_vit, "encoder.layers.encoder_layer_1", (64, 64), 1),
+    ],
+)
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_class_and_register_tokens_are_found_and_left_out(build, layer, size, n_prefix, pooling, images):
+    network = seeded(build)
+    features = tiny(network, layers=layer, pooling=pooling, image_size=size).fit(images)
+    assert features.layer_prefix_tokens_ == [n_prefix]
+    output = hooked(network, layer, timm_inputs(network, images, input_size=(3, *size)))
+    patches = (output if layer == "turned" else output.mT)[..., n_prefix:]
+    expected = patches.mean(-1) if pooling == "avg" else patches.amax(-1)
+    np.testing.assert_allclose(features.transform(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Transformer(1, kernel=16, stride=6),  # a class token, and a grid that does not double
+        lambda: Transformer(1, convolved=False, fixed=(64, 64)),  # nothing says how many patches there are
+    ],
+)
+def test_class_tokens_that_are_not_certain_are_an_error_unless_their_number_is_stated(build, images):
+    network = seeded(build)
+    features = tiny(network, layers="norm", image_size=64)
+    with pytest.raises(ValueError, match=r"NLC: how many of the \d+ tokens .* set backbone\.num_prefix_tokens"):
+        features.fit(images)
+    network.num_prefix_tokens = 1
+    output = hooked(network, "norm", timm_inputs(network, images, input_size=(3, 64, 64)))
+    np.testing.assert_allclose(features.fit_transform(images), output[:, 1:].mean(1), rtol=1e-4, atol=1e-5)
+
+
 class Permuted(nn.Module):
     """As many channels, rows and columns; channels first, or last."""
 
@@ -303,6 +398,36 @@ def test_batch_size_does_not_change_the_features(batch_size, images):
     features = tiny(layers=["layer1", "layer3"], batch_size=batch_size).fit_transform(images)
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
     assert features.dtype == np.float32
+
+
+class Wide(nn.Module):
+    """Notes how many images come at once; its largest activation takes `mib` MiB for an image of 32 x 32."""
+
+    def __init__(self, mib):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 256 * mib, 1)
+        self.head = nn.Linear(256 * mib, 32_000, bias=False)  # more bytes, but no activation
+        self.seen = {"sizes": []}
+
+    def forward(self, batch):
+        self.seen["sizes"].append(len(batch))
+        return self.head(self.conv(batch).mean((2, 3)))[:, :5]
+
+
+@pytest.mark.parametrize(
+    ("mib", "batch_size", "sizes"),
+    [(1, 32, [5]), (1, 2, [2, 2, 1]), (8, 32, [2, 2, 1]), (8, 3, [2, 1, 2]), (8, 1, [1] * 5), (12, 32, [1] * 5)],
+)
+def test_on_a_cpu_no_activation_of_several_images_takes_over_20_mib(mib, batch_size, sizes, images):
+    network = seeded(lambda: Wide(mib))
+    features = tiny(network, batch_size=batch_size, image_size=32).fit(images)
+    assert features.activation_bytes_ == mib * 2**20
+    network.seen["sizes"].clear()
+    found = features.transform(images)
+    assert network.seen["sizes"] == sizes
+    with torch.no_grad():
+        expected = network(timm_inputs(network, images, input_size=(3, 32, 32)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Counting(nn.Module):
