@@ -284,9 +284,9 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     before = path.read_bytes()
     script = f"""
         import os, pathlib, signal
-        from dfkde_sklearn import _persistence
+        from dfkde_sklearn import _files
         pathlib.Path.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-        _persistence.write_atomically({str(path)!r}, b"new")
+        _files.write_file({str(path)!r}, b"new")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert done.returncode == -9
