@@ -232,9 +232,9 @@ def _score(options: argparse.Namespace) -> int:
             raise ValueError(f"{csv_file}: --csv and --sheet name the same file. Name two.")
     # A file that two arguments name is scored once.
     paths = list(dict.fromkeys(path for images in options.images for path in _image_paths(images)))
-    detector = _loaded_detector(options)
-    _say(options, f"Scoring {len(paths)} images")
     with _way_out("On the command line: --weights FILE, the file that the model was fitted with."):
+        detector = _loaded_detector(options)
+        _say(options, f"Scoring {len(paths)} images")
         features, broken = _features_and_broken(detector.features_, paths, options.skip_broken)
     for reason in broken.values():
         say(f"dfkde score: skipped: {_one_line(reason)}")

@@ -105,18 +105,18 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder. Give the path of a file.")
+        raise IsADirectoryError(f"{path} is a folder. Name a file.")
     if path.is_block_device():
-        raise PermissionError(f"{str(path)!r} is a disk. Give the path of a file.")
+        raise PermissionError(f"{path} is a disk. Name a file.")
     if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(f"{str(path)!r} is not yours to write to. Name another file.")
+        raise PermissionError(f"{path} is not yours to write to. Name another file.")
     if is_stream(path):
         return
-    folder = Path(os.path.realpath(path)).parent
+    folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"{str(path)!r}: there is no folder {str(folder)!r}. Make it first.")
+        raise FileNotFoundError(f"{path}: there is no folder {folder}. Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{str(path)!r}: the folder {str(folder)!r} is not yours to write to.")
+        raise PermissionError(f"{path}: the folder {folder.absolute()} is not yours to write to.")
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:

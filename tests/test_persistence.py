@@ -306,7 +306,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_a_folder_is_not_a_file(tmp_path):
-    with pytest.raises(IsADirectoryError, match="Give the path of a file"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         small_file(tmp_path)
 
 
