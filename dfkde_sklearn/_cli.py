@@ -34,7 +34,7 @@ from dfkde_sklearn._contact_sheet import Section, Tile, contact_sheet
 from dfkde_sklearn._features import TimmFeatures
 from dfkde_sklearn._files import check_writable, is_stream, write_file
 from dfkde_sklearn._images import as_images
-from dfkde_sklearn._output import print_bytes, print_line, printable, say, silence
+from dfkde_sklearn._output import print_bytes, print_line, print_message, printable, silence
 from dfkde_sklearn._scattering import ScatteringFeatures
 
 # Enough held-out good images for the rate of false alarms to mean something.
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"demo": _demo, "fit": _fit, "score": _score, "cache": _cache}
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"dfkde {options.command}: warning: {_one_line(message)}")
+        print_message(f"dfkde {options.command}: warning: {_one_line(message)}")
 
     try:
         with warnings.catch_warnings(), _max_pixels(getattr(options, "max_pixels", Image.MAX_IMAGE_PIXELS)):
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        say(f"dfkde {options.command}: error: {_one_line(error)}")
+        print_message(f"dfkde {options.command}: error: {_one_line(error)}")
         code = FAILED
     try:
         sys.stdout.flush()
@@ -237,7 +237,7 @@ def _score(options: argparse.Namespace) -> int:
         _say(options, f"Scoring {len(paths)} images")
         features, broken = _features_and_broken(detector.features_, paths, options.skip_broken)
     for reason in broken.values():
-        say(f"dfkde score: skipped: {_one_line(reason)}")
+        print_message(f"dfkde score: skipped: {_one_line(reason)}")
     readable = [path for path in paths if path not in broken]
     scored = _scored(detector, features)
     rows = {path: _Row(path, None, None, None, "broken", reason) for path, reason in broken.items()}
@@ -248,29 +248,40 @@ def _score(options: argparse.Namespace) -> int:
 
     n_anomalous = int(scored.anomalous.sum())
     summary = f"{n_anomalous} of {len(readable)} images are anomalous."
-    try:
-        if csv_file is not None:
-            _write(csv_file, _csv(table), options.force)
-        if options.sheet is not None:
-            sheet = contact_sheet(
+
+    def sheet() -> bytes:
+        return _png(
+            contact_sheet(
                 f"dfkde score: {options.model.name}",
                 [summary, "Bars: red is called anomalous, green is called normal."],
                 [_worst_section([rows[path] for path in worst_first[:N_WORST]])],
                 columns=N_ROW,
             )
-            _write(options.sheet, _png(sheet), options.force)
-    finally:
-        # After the files, which a reader that has gone does not cost; and where they fail, on a full disk say, the
-        # scores are still told.
-        if options.csv == STDOUT:
-            print_bytes(_csv(table))
-        else:
-            _print_table(
-                None,
-                ("path", "score", "P(anomalous)", "p-value", "verdict"),
-                [(row.path, *_printed(row.score, row.p_anomalous, row.p_value), row.verdict) for row in table],
-            )
+        )
+
+    # Before the table is printed, so that a reader that has gone does not cost the files; and where they cannot be
+    # written, on a full disk say, the scores are still told.
+    failed = False
+    for path, content in ((csv_file, lambda: _csv(table)), (options.sheet, sheet)):
+        try:
+            if path is not None:
+                _write(path, content(), options.force)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            print_message(f"dfkde score: error: {_one_line(error)}")
+            failed = True
+    if options.csv == STDOUT:
+        print_bytes(_csv(table))
+    else:
+        _print_table(
+            None,
+            ("path", "score", "P(anomalous)", "p-value", "verdict"),
+            [(row.path, *_printed(row.score, row.p_anomalous, row.p_value), row.verdict) for row in table],
+        )
     _say(options, summary + (f" {len(broken)} could not be read." if broken else ""))
+    if failed:
+        return FAILED
     return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
 
 
@@ -447,7 +458,7 @@ class _Row(NamedTuple):
 
 def _say(options: argparse.Namespace, text: str) -> None:
     if not options.quiet:
-        say(text)
+        print_message(text)
 
 
 def _shows_progress(options: argparse.Namespace) -> bool:
@@ -526,7 +537,7 @@ def _print_table(heading: str | None, header: Sequence[str], rows: Sequence[Sequ
 
 def _one_line(message: object) -> str:
     """Return a message as it is printed, with the option of the command line where it speaks of Python's."""
-    line = " ".join(str(message).split())
+    line = " ".join(str(message).split()) or type(message).__name__
     return f"{line} On the command line: --max-pixels N." if "MAX_IMAGE_PIXELS" in line else line
 
 

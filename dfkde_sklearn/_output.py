@@ -42,7 +42,7 @@ def print_bytes(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def say(text: str) -> None:
+def print_message(text: str) -> None:
     """Print one line on standard error; where that cannot be written to, what was said is lost, and no more than that.
 
     Parameters
