@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import NoReturn
 
 
 def main() -> int:
@@ -19,7 +20,8 @@ def main() -> int:
     from dfkde_sklearn import _cli
 
     try:
-        signal.signal(signal.SIGINT, on_interrupt)
+        if is_ours:
+            signal.signal(signal.SIGINT, _interrupt)
         code = _cli.main()
     except KeyboardInterrupt:
         code = _cli.INTERRUPTED
@@ -30,6 +32,12 @@ def main() -> int:
             # Ended by the signal, so that a loop in a shell ends with it.
             os.kill(os.getpid(), signal.SIGINT)
     return code
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Raise KeyboardInterrupt; a second Ctrl-C, while what runs is cleaned up, ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def _open_closed_streams() -> None:
