@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from dfkde_sklearn import __version__, datasets
 from dfkde_sklearn._features import TimmFeatures
 
@@ -70,8 +72,8 @@ def _add_fit(commands: Any) -> None:
         help="learn from a folder of good images",
         description="Learn from good images, and save the detector. Prints the threshold, the rate of false alarms to "
         "expect, and the training images that look least normal.",
-        epilog="The detector goes into a joblib file. Loading such a file runs code that is in it: load only files "
-        "that you made yourself.",
+        epilog="The detector goes into a file that holds no code. dfkde score and, in Python, DFKDEDetector.load read "
+        "it.",
     )
     command.add_argument(
         "folder",
@@ -83,7 +85,7 @@ def _add_fit(commands: Any) -> None:
     command.add_argument(
         "--model",
         type=Path,
-        default=Path("dfkde-model.joblib"),
+        default=Path("dfkde-model.safetensors"),
         metavar="FILE",
         help="where the detector goes (default: %(default)s)",
     )
@@ -128,11 +130,11 @@ def _add_score(commands: Any) -> None:
         help="tell which images are anomalous",
         description="Score images with a detector that `dfkde fit` saved. Prints for each its score (natural log of a "
         "density; higher is more normal), P(anomalous), the p-value (the share of good images that score as low) and "
-        "the verdict. Loading MODEL runs code that is in it: use only files that you made yourself.",
+        "the verdict.",
         epilog="Exit code: 0 done; 2 an error, such as a broken image without --skip-broken. With --exit-code: 0 all "
         "images are normal; 1 some are anomalous, or were skipped as broken; 2 an error.",
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help="the file from `dfkde fit`")
+    command.add_argument("model", type=Path, metavar="MODEL", help="a file from `dfkde fit` or DFKDEDetector.save")
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, and folders of them")
     command.add_argument(
         "--sort",
@@ -183,7 +185,16 @@ def _add_stage_run(group: Any) -> None:
         help="keep the features in this folder, which is made where there is none, and describe no image again whose "
         "features are there; see dfkde cache",
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU that there is, else the CPU)")
+    group.add_argument(
+        "--max-pixels",
+        type=_n_pixels,
+        default=Image.MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="refuse images of more pixels than this, since a small file can hold a huge image (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ..., or mps (default: the first CUDA GPU that there is, else the CPU)"
+    )
 
 
 def _add_detector(command: argparse.ArgumentParser, residual: str) -> Any:
@@ -228,6 +239,13 @@ def _n_components(text: str) -> int | float | str:
         except ValueError:
             pass
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'")
+
+
+def _n_pixels(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of pixels, at least 1")
+    return n
 
 
 def _layers(text: str) -> list[str]:

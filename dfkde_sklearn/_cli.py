@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import io
 import os
 import sys
 import time
@@ -15,23 +16,25 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-import joblib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 from sklearn.utils import Bunch
-from sklearn.utils.validation import check_is_fitted
 
-from dfkde_sklearn import DFKDEDetector, __version__, datasets
+from dfkde_sklearn import DFKDEDetector, datasets
 from dfkde_sklearn._arguments import DEMO_PICTURE, N_WORST, RESIDUALS, parser
 from dfkde_sklearn._cache import cache_size, clear_cache
 from dfkde_sklearn._contact_sheet import Section, Tile, contact_sheet
 from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._files import check_writable, is_stream, write_file
 from dfkde_sklearn._images import as_images
+from dfkde_sklearn._output import print_bytes, print_line, print_message, printable, silence
 from dfkde_sklearn._scattering import ScatteringFeatures
 
 # Enough held-out good images for the rate of false alarms to mean something.
@@ -43,6 +46,8 @@ N_LOWEST = 5
 # Columns of tables that hold words.
 WORDS = ("path", "defect", "verdict")
 STDOUT = Path("-")
+# The first byte of a pickle.
+PICKLE = b"\x80"
 
 # Exit codes. argparse ends with 2 as well where the arguments are wrong.
 DONE, NOT_ALL_NORMAL, FAILED, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
@@ -65,23 +70,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"demo": _demo, "fit": _fit, "score": _score, "cache": _cache}
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"dfkde {options.command}: warning: {message}", file=sys.stderr)
+        print_message(f"dfkde {options.command}: warning: {_one_line(message)}")
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _max_pixels(getattr(options, "max_pixels", Image.MAX_IMAGE_PIXELS)):
             warnings.showwarning = print_warning
             code = commands[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough. What Python flushes at its end has to go somewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
+        # The reader, `head` say, has seen enough.
+        code = READER_GONE
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except (ValueError, OSError) as error:
-        print(f"dfkde {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return FAILED
+        code = INTERRUPTED
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print_message(f"dfkde {options.command}: error: {_one_line(error)}")
+        code = FAILED
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
     return code
+
+
+@contextmanager
+def _max_pixels(n: int | None) -> Iterator[None]:
+    """Let Pillow open images of up to `n` pixels."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, n
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 # The commands
@@ -126,8 +144,7 @@ def _demo(options: argparse.Namespace) -> int:
         _demo_sections(data, scored),
         columns=N_ROW,
     )
-    with _new_file(picture, replace) as temporary:
-        sheet.save(temporary, format="PNG")
+    _write(picture, _png(sheet), replace)
 
     _print_facts(
         {
@@ -138,8 +155,8 @@ def _demo(options: argparse.Namespace) -> int:
             **quality,
         }
     )
-    print(f"\nThe {N_WORST} most anomalous of the {n_test} test images:\n")
     _print_table(
+        f"The {N_WORST} most anomalous of the {n_test} test images:",
         ("rank", "index", "defect", "score", "P(anomalous)", "p-value"),
         [
             (
@@ -151,7 +168,7 @@ def _demo(options: argparse.Namespace) -> int:
             for rank, i in enumerate(_worst_first(scored)[:N_WORST], 1)
         ],
     )
-    print()
+    print_line()
     if options.images is not None:
         _print_facts({"Images": f"{options.images}, for dfkde fit and dfkde score"})
     _print_facts({"Picture": str(picture), "Time": f"{time.perf_counter() - start:.1f} s"})
@@ -188,8 +205,8 @@ def _fit(options: argparse.Namespace) -> int:
         }
     )
     lowest = np.argsort(detector.loo_scores_)[:N_LOWEST]
-    print("\nThe training images that look least normal to a fit without them; see whether they are good:\n")
     _print_table(
+        "The training images that look least normal to a fit without them; see whether they are good:",
         ("path", "score", "less threshold"),
         [
             (train[i], f"{detector.loo_scores_[i]:.2f}", f"{detector.loo_scores_[i] - detector.offset_:.2f}")
@@ -200,7 +217,7 @@ def _fit(options: argparse.Namespace) -> int:
         _say(options, f"Scoring {len(test.X_test)} test images")
         stage: Any = detector.features_
         scored = _scored(detector, stage.transform(test.X_test))
-        print(f"\nOn the {len(test.X_test)} images in {options.folder / 'test'}:\n")
+        _print_heading(f"On the {len(test.X_test)} images in {options.folder / 'test'}:")
         _print_facts(_quality(scored, test.y_test, test.defects_test))
     return DONE
 
@@ -211,14 +228,16 @@ def _score(options: argparse.Namespace) -> int:
         _check_writable(path, options.force)
     if options.sheet is not None:
         _check_png(options.sheet)
+        if csv_file is not None and os.path.realpath(csv_file) == os.path.realpath(options.sheet):
+            raise ValueError(f"{csv_file}: --csv and --sheet name the same file. Name two.")
     # A file that two arguments name is scored once.
     paths = list(dict.fromkeys(path for images in options.images for path in _image_paths(images)))
-    detector = _loaded_detector(options)
-    _say(options, f"Scoring {len(paths)} images")
     with _way_out("On the command line: --weights FILE, the file that the model was fitted with."):
+        detector = _loaded_detector(options)
+        _say(options, f"Scoring {len(paths)} images")
         features, broken = _features_and_broken(detector.features_, paths, options.skip_broken)
     for reason in broken.values():
-        print(f"dfkde score: skipped: {reason}", file=sys.stderr)
+        print_message(f"dfkde score: skipped: {_one_line(reason)}")
     readable = [path for path in paths if path not in broken]
     scored = _scored(detector, features)
     rows = {path: _Row(path, None, None, None, "broken", reason) for path, reason in broken.items()}
@@ -227,32 +246,42 @@ def _score(options: argparse.Namespace) -> int:
     worst_first = [readable[i] for i in _worst_first(scored)]
     table = [rows[path] for path in ([*broken, *worst_first] if options.sort == "score" else paths)]
 
+    n_anomalous = int(scored.anomalous.sum())
+    summary = f"{n_anomalous} of {len(readable)} images are anomalous."
+
+    def sheet() -> bytes:
+        return _png(
+            contact_sheet(
+                f"dfkde score: {options.model.name}",
+                [summary, "Bars: red is called anomalous, green is called normal."],
+                [_worst_section([rows[path] for path in worst_first[:N_WORST]])],
+                columns=N_ROW,
+            )
+        )
+
+    # Before the table is printed, so that a reader that has gone does not cost the files; and where they cannot be
+    # written, on a full disk say, the scores are still told.
+    failed = False
+    for path, content in ((csv_file, lambda: _csv(table)), (options.sheet, sheet)):
+        try:
+            if path is not None:
+                _write(path, content(), options.force)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            print_message(f"dfkde score: error: {_one_line(error)}")
+            failed = True
     if options.csv == STDOUT:
-        _write_csv(table, sys.stdout)
+        print_bytes(_csv(table))
     else:
         _print_table(
+            None,
             ("path", "score", "P(anomalous)", "p-value", "verdict"),
             [(row.path, *_printed(row.score, row.p_anomalous, row.p_value), row.verdict) for row in table],
         )
-    if csv_file is not None:
-        # Names of files are bytes, and not always UTF-8.
-        with (
-            _new_file(csv_file, options.force) as temporary,
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            _write_csv(table, file)
-    n_anomalous = int(scored.anomalous.sum())
-    summary = f"{n_anomalous} of {len(readable)} images are anomalous."
-    if options.sheet is not None:
-        sheet = contact_sheet(
-            f"dfkde score: {options.model.name}",
-            [summary, "Bars: red is called anomalous, green is called normal."],
-            [_worst_section([rows[path] for path in worst_first[:N_WORST]])],
-            columns=N_ROW,
-        )
-        with _new_file(options.sheet, options.force) as temporary:
-            sheet.save(temporary, format="PNG")
     _say(options, summary + (f" {len(broken)} could not be read." if broken else ""))
+    if failed:
+        return FAILED
     return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
 
 
@@ -358,7 +387,7 @@ def _feature_stage(options: argparse.Namespace) -> ScatteringFeatures | TimmFeat
     if options.features != "scattering":
         if "weights" in given:
             # The model may be used from another folder.
-            given["weights"] = Path(given["weights"]).resolve()
+            given["weights"] = os.path.realpath(given["weights"])
         return TimmFeatures(options.features, **given)
     for name in ("layers", "weights"):
         if name in given:
@@ -380,14 +409,12 @@ def _threshold(detector: DFKDEDetector) -> str:
 
 
 def _save(detector: DFKDEDetector, path: Path, force: bool) -> None:
-    saved = copy.deepcopy(detector)
-    # Where it runs, what it keeps and what it shows meanwhile is for those to say who score with it.
-    saved.set_params(device=None)
-    stages: list[Any] = [saved.features, saved.features_]
-    for stage in stages:
-        stage.set_params(device=None, cache=None, verbose=False)
-    with _new_file(path, force) as temporary:
-        joblib.dump({"dfkde_sklearn": __version__, "detector": saved}, temporary)
+    _check_writable(path, force)
+    saved = copy.copy(detector)
+    stage: Any = copy.copy(detector.features_)
+    # Whether bars were shown at the fit is not the model's.
+    saved.features_ = stage.set_params(verbose=False)
+    saved.save(path)
 
 
 def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
@@ -396,36 +423,23 @@ def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
     if not path.is_file():
         raise FileNotFoundError(f"MODEL {path}: there is no such file.")
     try:
-        content = joblib.load(path)
-        version = content["dfkde_sklearn"] if isinstance(content, dict) else __version__
-        detector = content["detector"] if isinstance(content, dict) else content
-    except Exception as error:  # whatever a class of another version, or no pickle at all, leads to
-        raise ValueError(
-            f"MODEL {path} is no model of dfkde fit, or was damaged, or made by another version of dfkde-sklearn than "
-            f"{__version__} ({type(error).__name__}: {error}). Fit it again."
-        ) from error
-    if version != __version__:
-        raise ValueError(
-            f"MODEL {path} was made by dfkde-sklearn {version}, and this is {__version__}, whose scores may differ. "
-            "Fit it again, or install that version."
-        )
-    if not isinstance(detector, DFKDEDetector):
-        raise ValueError(f"MODEL {path} holds a {type(detector).__name__}, no DFKDEDetector. Use what dfkde fit wrote.")
-    check_is_fitted(detector)
-    stage = detector.features_
+        detector = DFKDEDetector.load(path, weights=options.weights, device=options.device, download=True)
+    except ValueError as error:
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == PICKLE
+        if is_pickle:
+            raise ValueError(
+                f"MODEL {path} is a pickle, as joblib and earlier versions of dfkde fit write. Loading such a file "
+                "runs code that is in it, and dfkde no longer does: fit it again."
+            ) from error
+        advice = " On the command line, weights= is --weights." if "weights=" in str(error) else ""
+        raise ValueError(f"MODEL {path}: {error}{advice}") from error
+    stage: Any = detector.features_
     if stage is None:
         raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
-    known = stage.get_params(deep=False)
-    given = {name: getattr(options, name) for name in ("weights", "batch_size", "cache", "device")}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given.keys() - known.keys():
-        raise ValueError(
-            f"--{name.replace('_', '-')}: the {type(stage).__name__} of MODEL {path} have no such setting."
-        )
-    if "verbose" in known:
-        given["verbose"] = _shows_progress(options)
-    stage.set_params(**given)
-    return detector.set_params(device=options.device)
+    given = {name: getattr(options, name) for name in ("batch_size", "cache") if getattr(options, name) is not None}
+    stage.set_params(verbose=_shows_progress(options), **given)
+    return detector
 
 
 # What is printed and drawn
@@ -444,7 +458,7 @@ class _Row(NamedTuple):
 
 def _say(options: argparse.Namespace, text: str) -> None:
     if not options.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print_message(text)
 
 
 def _shows_progress(options: argparse.Namespace) -> bool:
@@ -491,7 +505,7 @@ def _quality(scored: _Scored, y: NDArray[np.int64], defects: NDArray[np.str_]) -
 
 def _print_facts(facts: Mapping[str, str]) -> None:
     for name, value in facts.items():
-        print(f"{name:<24}{value}")
+        print_line(f"{name:<24}{value}")
 
 
 def _printed(
@@ -502,20 +516,46 @@ def _printed(
     return f"{score:.2f}", f"{p_anomalous:.3f}", f"{p_value:.4f}"
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
+def _print_heading(heading: str) -> None:
+    print_line()
+    print_line(heading)
+    print_line()
+
+
+def _print_table(heading: str | None, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if heading is not None:
+        _print_heading(heading)
+    lines = [header, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
         cells = [
             cell.ljust(width) if name in WORDS else cell.rjust(width)
-            for name, cell, width in zip(header, row, widths, strict=True)
+            for name, cell, width in zip(header, line, widths, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())
 
 
-def _write_csv(rows: Sequence[_Row], file: TextIO) -> None:
-    writer = csv.writer(file, lineterminator="\n")
+def _one_line(message: object) -> str:
+    """Return a message as it is printed, with the option of the command line where it speaks of Python's."""
+    line = " ".join(str(message).split()) or type(message).__name__
+    return f"{line} On the command line: --max-pixels N." if "MAX_IMAGE_PIXELS" in line else line
+
+
+def _csv(rows: Sequence[_Row]) -> bytes:
+    text = io.StringIO()
+    # csv quotes a carriage return only where lines end with one.
+    lines = SimpleNamespace(write=lambda line: text.write(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(lines, lineterminator="\r\n")
     writer.writerow(_Row._fields)
     writer.writerows(rows)
+    # Names of files are bytes, and not always UTF-8.
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _png(sheet: Image.Image) -> bytes:
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    return file.getvalue()
 
 
 def _worst_section(rows: Sequence[_Row]) -> Section:
@@ -571,32 +611,20 @@ def _demo_picture(out: Path | None, force: bool) -> tuple[Path, bool]:
 
 
 def _check_png(path: Path) -> None:
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() != ".png" and not is_stream(path):
         raise ValueError(f"{path}: the picture is a PNG. Give it a name that ends in .png.")
 
 
 def _check_writable(path: Path, force: bool) -> None:
     """Raise an OSError where the file cannot be written: before the work, not after it."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder. Name a file.")
-    if path.exists() and not force:
+    check_writable(path)
+    if path.exists() and not is_stream(path) and not force:
         raise FileExistsError(f"{path} exists. Name another file, or overwrite it with --force.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}. Make it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: the folder {path.parent.resolve()} is not yours to write to.")
 
 
-@contextmanager
-def _new_file(path: Path, force: bool) -> Iterator[Path]:
-    """Lend a temporary path; what is written there appears at `path` at once and whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        _check_writable(path, force)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, data: bytes, force: bool) -> None:
+    _check_writable(path, force)
+    write_file(path, data)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.ndimage import binary_dilation
 
+from dfkde_sklearn._output import printable
+
 # Lengths in pixels.
 TILE = 200
 GAP = 16
@@ -78,14 +80,14 @@ def contact_sheet(title: str, notes: Sequence[str], sections: Sequence[Section],
     width = 2 * MARGIN + columns * TILE + (columns - 1) * GAP
     sheet = Image.new("RGB", (width, head_height + len(sections) * heading_height + n_rows * row_height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - GAP // 2), title, INK, ImageFont.load_default(TITLE_SIZE))
+    draw.text((MARGIN, MARGIN - GAP // 2), printable(title), INK, ImageFont.load_default(TITLE_SIZE))
     for line, note in enumerate(notes):
         place = (MARGIN, MARGIN + TITLE_SIZE + GAP // 2 + line * (TEXT_SIZE + 8))
-        draw.text(place, note, FAINT, ImageFont.load_default(TEXT_SIZE))
+        draw.text(place, printable(note), FAINT, ImageFont.load_default(TEXT_SIZE))
     top = head_height
     for section in sections:
         draw.line((MARGIN, top + GAP // 2, width - MARGIN, top + GAP // 2), MOUNT)
-        draw.text((MARGIN, top + GAP), section.heading, INK, ImageFont.load_default(TEXT_SIZE))
+        draw.text((MARGIN, top + GAP), printable(section.heading), INK, ImageFont.load_default(TEXT_SIZE))
         top += heading_height
         for start in range(0, len(section.tiles), columns):
             for column, tile in enumerate(section.tiles[start : start + columns]):
@@ -118,6 +120,7 @@ def _outlined(picture: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """Return the end of the text that is as wide as a tile: of a path, the end tells images apart."""
+    text = printable(text)
     if font.getlength(text) <= TILE:
         return text
     start = next(i for i in range(1, len(text) + 1) if font.getlength("..." + text[i:]) <= TILE)

@@ -11,7 +11,8 @@ def as_device(device: str | torch.device | None) -> torch.device:
     Parameters
     ----------
     device : str, torch.device or None
-        None takes the first CUDA GPU where torch sees one, else the CPU.
+        A CPU ("cpu"), a GPU of NVIDIA or AMD ("cuda", "cuda:1") or of Apple ("mps"); None takes the first CUDA GPU
+        where torch sees one, else the CPU.
 
     Returns
     -------
@@ -21,7 +22,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
     Raises
     ------
     ValueError
-        If torch does not know the name, or this machine lacks the device.
+        If it is another kind of device, or this machine lacks it.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,6 +33,11 @@ def as_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(
             f"device={device!r} is not a torch device such as 'cpu', 'cuda' or 'cuda:1'. {ways_out}"
         ) from error
+    if found.type not in ("cpu", "cuda", "mps"):
+        # What torch has not been built for fails much later, and "meta" has no values at all.
+        raise ValueError(f"device={device!r}. Allowed: 'cpu', 'cuda', 'cuda:1', ..., or 'mps'. {ways_out}")
+    if found.type != "cuda" and found.index:
+        raise ValueError(f"device={device!r}: torch numbers CUDA GPUs only. {ways_out}")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch sees no CUDA GPU on this machine. {ways_out}")
     if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():

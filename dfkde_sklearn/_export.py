@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dfkde_sklearn._features import TimmFeatures, image_transform
+from dfkde_sklearn._files import write_file
 from dfkde_sklearn._model import DfkdeModel, ScatteringModule, model_of
-from dfkde_sklearn._persistence import write_atomically
 
 if TYPE_CHECKING:
     from dfkde_sklearn._detector import DFKDEDetector
@@ -54,7 +54,7 @@ def write_onnx(detector: DFKDEDetector, path: str | os.PathLike[str], image_shap
             verbose=False,
         )
     assert program is not None
-    write_atomically(path, program.model_proto.SerializeToString())
+    write_file(path, program.model_proto.SerializeToString())
 
 
 def write_program(detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None) -> None:
@@ -63,7 +63,7 @@ def write_program(detector: DFKDEDetector, path: str | os.PathLike[str], image_s
     program = torch.export.export(scorer, (example,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},))
     stream = io.BytesIO()
     torch.export.save(program, stream)
-    write_atomically(path, stream.getvalue())
+    write_file(path, stream.getbuffer())
 
 
 class Scorer(nn.Module):

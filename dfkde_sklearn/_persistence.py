@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._files import write_file
 from dfkde_sklearn._model import DensityBuffers, buffers_of, keep_buffers
 from dfkde_sklearn._scattering import ScatteringFeatures
 
@@ -81,7 +81,7 @@ def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
     }
     tensors = {name: value.contiguous() for name, value in buffers_of(detector).state_dict().items()}
     data = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
-    write_atomically(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
+    write_file(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
 
 
 def load(
@@ -120,30 +120,6 @@ def load(
     if isinstance(stage, TimmFeatures):
         _check_backbone(stage, download)
     return detector
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, so that whatever happens there is the old file or the new one."""
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder. Give the path of a file.")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        # The new name is on the disk once the folder is.
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from scipy.spatial import cKDTree
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
+from dfkde_sklearn._files import new_folder
 from dfkde_sklearn._images import IMAGE_SUFFIXES
 
 __all__ = ["load_mvtec_folder", "make_textures", "read_mask", "write_mvtec_folder"]
@@ -388,7 +389,7 @@ def write_mvtec_folder(data: Bunch, root: str | os.PathLike[str]) -> Path:
         What :func:`make_textures` returns, or uint8 images of your own, grey or RGB, under the keys
         `X_train`, `X_test`, `defects_test` and `masks_test`.
     root : str or path-like
-        The folder to write; it must be empty or not there.
+        The folder to write; it must be empty or not there. It is written whole or not at all.
 
     Returns
     -------
@@ -402,6 +403,8 @@ def write_mvtec_folder(data: Bunch, root: str | os.PathLike[str]) -> Path:
         If `root` is a folder with something in it, or a file.
     TypeError
         If the images are not arrays of such images.
+    ValueError
+        If the name of a defect cannot name a folder.
 
     See Also
     --------
@@ -436,12 +439,17 @@ def write_mvtec_folder(data: Bunch, root: str | os.PathLike[str]) -> Path:
                 f"data.{key} must be a uint8 array of shape (n, height, width) or (n, height, width, 3), "
                 f"got {type(images).__name__} of dtype {getattr(images, 'dtype', None)}, shape {np.shape(images)}."
             )
-    _write_images(data.X_train, root / "train" / _NORMAL)
     for name in np.unique(data.defects_test):
-        members = data.defects_test == name
-        _write_images(data.X_test[members], root / "test" / name)
-        if name != _NORMAL:
-            _write_images(data.masks_test[members], root / "ground_truth" / name, "_mask")
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"data.defects_test has {str(name)!r}, which cannot name a folder. Use other names.")
+    # "train" comes last of the three: a process that is killed leaves nothing that load_mvtec_folder takes.
+    with new_folder(root) as folder:
+        _write_images(data.X_train, folder / "train" / _NORMAL)
+        for name in np.unique(data.defects_test):
+            members = data.defects_test == name
+            _write_images(data.X_test[members], folder / "test" / name)
+            if name != _NORMAL:
+                _write_images(data.masks_test[members], folder / "ground_truth" / name, "_mask")
     return root
 
 

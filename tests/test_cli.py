@@ -2,9 +2,12 @@
 
 import csv
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
+import textwrap
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -45,7 +48,7 @@ def textures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(textures, tmp_path_factory):
     """A model of the good images."""
-    model = tmp_path_factory.mktemp("model") / "knit.joblib"
+    model = tmp_path_factory.mktemp("model") / "knit.safetensors"
     assert run("fit", textures, *SCATTERING, "--model", model) == 0
     return model
 
@@ -128,7 +131,7 @@ def test_the_table_has_the_numbers_of_the_detector(fitted, textures, tmp_path):
     rows = rows_of(tmp_path / "table.csv")
     paths = sorted(str(path) for path in (textures / "test" / "hole").iterdir())
     assert [row["path"] for row in rows] == paths
-    detector = joblib.load(fitted)["detector"]
+    detector = DFKDEDetector.load(fitted)
     for column, expected in {
         "score": detector.score_samples(paths),
         "p_anomalous": detector.predict_proba(paths)[:, 0],
@@ -152,7 +155,7 @@ def test_fit_reports_the_auroc_and_false_alarms_of_a_test_folder(textures, tmp_p
 
 def test_fit_keeps_the_components_that_hold_for_new_images(textures, tmp_path):
     assert run("fit", textures, *SCATTERING, "--model", tmp_path / "model", "--n-components", "auto") == 0
-    detector = joblib.load(tmp_path / "model")["detector"]
+    detector = DFKDEDetector.load(tmp_path / "model")
     assert detector.n_components == "auto"
     assert detector.n_components_ > 16
 
@@ -177,7 +180,7 @@ def test_fit_says_which_rate_of_false_alarms_to_expect(textures, tmp_path, capsy
     assert "60 images cannot tell a rate below 1.64 %" in fact(capsys.readouterr().out, "False alarms expected")
     assert run("fit", good, *SCATTERING, "--model", tmp_path / "c", "--contamination", "0.1") == 0
     assert fact(capsys.readouterr().out, "Anomalies expected") == "10 % of images like these"
-    detector = joblib.load(tmp_path / "c")["detector"]
+    detector = DFKDEDetector.load(tmp_path / "c")
     assert (detector.predict(str(good)) == -1).sum() == 6
 
 
@@ -239,13 +242,13 @@ def test_a_backbone_and_its_layers_describe_the_images(textures, weights, tmp_pa
     monkeypatch.chdir(tmp_path)
     good = textures / "train" / "good"
     assert run("fit", good, "--features", "test_resnet", "--weights", weights.name, "--layers", "layer1,layer3") == 0
-    features = joblib.load("dfkde-model.joblib")["detector"].features_
+    features = DFKDEDetector.load("dfkde-model.safetensors").features_
     assert features.layers_ == ["layer1", "layer3"]
     described = fact(capsys.readouterr().out, "Detector")
     assert described.startswith(f"{features.n_features_out_} features (test_resnet.r160_in1k, layer1, layer3)")
     # The model knows where the weights are, wherever it is used.
     monkeypatch.chdir(textures)
-    assert run("score", tmp_path / "dfkde-model.joblib", Path("test", "good")) == 0
+    assert run("score", tmp_path / "dfkde-model.safetensors", Path("test", "good")) == 0
 
 
 def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
@@ -277,7 +280,7 @@ def test_the_settings_of_one_run_are_not_in_the_model(textures, tmp_path):
         run("fit", good, *SCATTERING, "--device", "cpu", "--cache", tmp_path / "cache", "--model", tmp_path / "model")
         == 0
     )
-    detector = joblib.load(tmp_path / "model")["detector"]
+    detector = DFKDEDetector.load(tmp_path / "model")
     assert detector.device is detector.features.device is detector.features_.device is None
     assert detector.features.cache is detector.features_.cache is None
 
@@ -316,7 +319,7 @@ def test_an_existing_model_is_kept_unless_forced(textures, tmp_path, capsys):
     assert f"{model} exists" in capsys.readouterr().err
     assert model.read_bytes() == b"precious"
     assert run("fit", good, *SCATTERING, "--model", model, "--force") == 0
-    assert isinstance(joblib.load(model)["detector"], DFKDEDetector)
+    assert isinstance(DFKDEDetector.load(model), DFKDEDetector)
     assert list(tmp_path.iterdir()) == [model]
 
 
@@ -395,13 +398,10 @@ def odd(fitted, textures, tmp_path_factory):
     (folder / "text").write_text("no model")
     (folder / "cut").write_bytes(fitted.read_bytes()[:1000])
     rows = np.random.default_rng(0).normal(size=(9, 2))
-    for name, content in {
-        "list": [1],
-        "older": joblib.load(fitted) | {"dfkde_sklearn": "0.0.1"},
-        "unfitted": DFKDEDetector(),
-        "matrix": DFKDEDetector().fit(rows),
-    }.items():
-        joblib.dump(content, folder / name)
+    matrix = DFKDEDetector().fit(rows)
+    matrix.save(folder / "matrix")
+    joblib.dump({"dfkde_sklearn": "0.1.0", "detector": matrix}, folder / "older")
+    safetensors.torch.save_file({"weight": torch.ones(2)}, folder / "weights")
     return folder
 
 
@@ -418,18 +418,24 @@ MISTAKES = {
     "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
     "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of DFKDEDetector must be",
     "fit {images} --features scattering --device tpu9": "device='tpu9'",
+    "fit {images} --features scattering --device meta": "device='meta'. Allowed: 'cpu', 'cuda'",
+    "score {model} {images} --device xpu": "device='xpu'. Allowed: 'cpu', 'cuda'",
+    "score {model} {images} --device vulkan:1": "device='vulkan:1'. Allowed: 'cpu', 'cuda'",
+    "score {model} {images} --device cpu:3": "device='cpu:3': torch numbers CUDA GPUs only",
+    "score {model} {images} --max-pixels 4095": " pixels.*MAX_IMAGE_PIXELS.*On the command line: --max-pixels N",
+    "score {model} {images} --skip-broken --max-pixels 9": "None of the 120 images.*: --max-pixels N",
     "fit {images} --model no/where": "there is no folder no",
     "fit {images} --model {odd} --force": "is a folder. Name a file.",
     "score {odd}/missing {images}": "MODEL .*missing: there is no such file",
-    "score {odd}/text {images}": "is no model of dfkde fit",
-    "score {odd}/single/000.png {images}": "is no model of dfkde fit",
-    "score {odd}/cut {images}": "or was damaged",
-    "score {odd}/list {images}": "holds a list, no DFKDEDetector",
-    "score {odd}/older {images}": "made by dfkde-sklearn 0.0.1, and this is",
-    "score {odd}/unfitted {images}": "not fitted yet",
+    "score {odd}/text {images}": "is not a file of DFKDEDetector.save",
+    "score {odd}/single/000.png {images}": "is not a file of DFKDEDetector.save",
+    "score {odd}/cut {images}": "or it is damaged",
+    "score {odd}/weights {images}": "is not a file of DFKDEDetector.save",
+    "score {odd}/older {images}": "is a pickle.*fit it again",
     "score {odd}/matrix {images}": "fitted on a feature matrix",
     "score {model} {odd}/missing.png": "missing.png' is neither a folder nor a file",
-    "score {model} {images} --weights {model}": "--weights: the ScatteringFeatures",
+    "score {model} {images} --weights {model}": "ScatteringFeatures has no backbone.*weights= is --weights",
+    "score {model} {images} --sheet a.png --csv ./a.png": "name the same file",
     "score {model} {images} --sheet sheet.jpg": r"ends in \.png",
     "demo --out sheet.jpg": r"ends in \.png",
 }
@@ -456,6 +462,138 @@ def test_wrong_arguments_end_with_code_2(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_limit_of_pixels_ends_with_the_command(fitted, textures):
+    before = Image.MAX_IMAGE_PIXELS
+    assert run("score", fitted, textures / "test" / "good", "--max-pixels", 64 * 64) == 0
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+# Names, terminals and pipes
+
+NAMES = ("a\nb.png", "c\rd.png", "e\x1b[31mf.png", "g\u4e2d.png", "h\u202ei.png", 'j,"k.png')
+
+
+@pytest.fixture
+def odd_names(textures, tmp_path):
+    """Images whose names no terminal takes as they are."""
+    folder = tmp_path / "odd names"
+    folder.mkdir()
+    names = [os.fsencode(name) for name in NAMES] + [b"k\xff.png"] * (sys.platform == "linux")
+    for name, image in zip(names * 3, sorted((textures / "train" / "good").iterdir()), strict=False):
+        (folder / os.fsdecode(image.stem.encode() + name)).write_bytes(image.read_bytes())
+    return folder
+
+
+def is_png(path):
+    with Image.open(path) as picture:
+        return picture.format == "PNG"
+
+
+def test_names_are_printed_harmlessly_and_written_exactly(fitted, odd_names, tmp_path, monkeypatch):
+    terminal, errors = (io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", errors)
+    (odd_names / "l\nm.png").write_bytes(b"")
+    table, sheet = tmp_path / "table.csv", tmp_path / "sheet.png"
+    assert run("score", fitted, odd_names, "--csv", table, "--sheet", sheet, "--skip-broken", "--sort", "input") == 0
+    n = len(list(odd_names.iterdir()))
+    for stream, n_lines in ((terminal, 1 + n), (errors, 3)):
+        printed = stream.buffer.getvalue().decode("ascii")
+        assert printed.count("\n") == n_lines
+        assert all(line.isprintable() for line in printed.split("\n"))
+    assert r"000a\nb.png" in terminal.buffer.getvalue().decode()
+    with table.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        assert {row["path"] for row in csv.DictReader(lines)} == {str(path) for path in odd_names.iterdir()}
+    assert is_png(sheet)
+
+
+def test_a_fit_lists_odd_names(odd_names, textures, tmp_path, capsys):
+    assert run("fit", odd_names, *SCATTERING, "--model", tmp_path / "model") == 0
+    assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
+
+
+def closed_pipe():
+    """A text stream whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+def test_a_reader_that_has_gone_does_not_cost_the_files(fitted, textures, tmp_path, monkeypatch):
+    outputs = ("--csv", tmp_path / "table.csv", "--sheet", tmp_path / "sheet.png")
+    with closed_pipe() as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert run("score", fitted, textures / "test" / "good", *outputs) == 141
+    assert len(rows_of(tmp_path / "table.csv")) == 20
+    assert is_png(tmp_path / "sheet.png")
+
+
+def test_standard_error_that_nobody_reads_costs_nothing(fitted, textures, tmp_path, monkeypatch, capsys):
+    with closed_pipe() as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", pipe)
+        assert run("score", fitted, textures / "test" / "good", "--csv", tmp_path / "table.csv") == 0
+    assert len(rows_of(tmp_path / "table.csv")) == 20
+    assert len(capsys.readouterr().out.splitlines()) == 21
+
+
+def test_a_table_that_cannot_be_written_is_still_printed(fitted, textures, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    table = tmp_path / "table.csv"
+    table.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # As on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        assert run("score", fitted, textures / "test" / "good", "--csv", table, "--force") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 21
+    assert re.search(r"error: .*What was there before is unchanged.*table\.csv", captured.err)
+    assert table.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [table]
+
+
+def test_a_link_that_waits_under_a_guessed_name_is_not_followed(fitted, textures, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f".table.csv.{os.getpid()}").symlink_to(victim)
+    assert run("score", fitted, textures / "test" / "good", "--csv", tmp_path / "table.csv") == 0
+    assert victim.read_text() == "precious"
+
+
+def test_tables_go_into_standard_output_by_its_path(fitted, textures, capfd):
+    assert run("score", fitted, textures / "test" / "good", "--csv", "/dev/stdout", "--quiet") == 0
+    printed = capfd.readouterr().out.splitlines()
+    assert printed[0].startswith("path,score")
+    assert len(printed) == 21 + 21
+
+
+def test_streams_that_are_closed_at_the_start_cost_nothing(fitted, textures, tmp_path):
+    image = textures / "test" / "good" / "000.png"
+    program = [sys.executable, "-m", "dfkde_sklearn", "score", fitted, image, "--csv", tmp_path / "table.csv"]
+    done = subprocess.run(["sh", "-c", '"$@" 0<&- 1>&- 2>&-', "sh", *map(str, program)], check=False)
+    assert done.returncode == 0
+    assert [row["path"] for row in rows_of(tmp_path / "table.csv")] == [str(image)]
+
+
+def test_an_interrupt_during_the_imports_ends_the_program_without_a_traceback():
+    script = """
+        import os, signal, sys
+
+        class Interrupt:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupt())
+        from dfkde_sklearn.__main__ import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_the_package_runs_as_a_module():

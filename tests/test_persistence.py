@@ -284,9 +284,9 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     before = path.read_bytes()
     script = f"""
         import os, pathlib, signal
-        from dfkde_sklearn import _persistence
+        from dfkde_sklearn import _files
         pathlib.Path.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-        _persistence.write_atomically({str(path)!r}, b"new")
+        _files.write_file({str(path)!r}, b"new")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert done.returncode == -9
@@ -306,7 +306,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_a_folder_is_not_a_file(tmp_path):
-    with pytest.raises(IsADirectoryError, match="Give the path of a file"):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
         small_file(tmp_path)
 
 
