@@ -374,7 +374,7 @@ def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[s
 
 def image_suffixes() -> frozenset[str]:
     """Return the suffixes of the formats that are read, in small letters and with their dots."""
-    formats = _formats()
+    formats = {*_formats(), *FORMATS}
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats)
 
 
