@@ -325,7 +325,11 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
     def _described(self, X: Any, fingerprint: str | None = None) -> np.ndarray:
         """Return the features of the images; the fingerprint of the backbone need not be taken where it is given."""
         return feature_matrix(
-            as_images(X, self.white_level), self.layer_widths_, partial(self._recipes, fingerprint), self._computed, self.cache
+            as_images(X, self.white_level),
+            self.layer_widths_,
+            partial(self._recipes, fingerprint),
+            self._computed,
+            self.cache,
         )
 
     @contextmanager
@@ -466,8 +470,8 @@ def _resized(picture: Image.Image, resize: Any) -> tuple[int, int]:
 def _source(length: int, new_length: int, kept: int) -> tuple[int, int, tuple[float, float], int]:
     """Return where the centre crop of a resized line of pixels comes from, and its length.
 
-    First from which whole pixels, with those that the filter reaches on both sides: from them Pillow makes what it makes
-    from all. Then from where to where without those.
+    First from which whole pixels, with those that the filter reaches on both sides: from them Pillow makes what it
+    makes from all. Then from where to where without those.
     """
     start = max(0, round((new_length - kept) / 2))
     stop = min(new_length, start + kept)

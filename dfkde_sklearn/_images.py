@@ -121,7 +121,8 @@ class Images(Sequence[Image.Image]):
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(
                 f"{name}: {error} The limit guards against small files that unpack to more than the memory holds. If "
-                "you trust the file, raise it: PIL.Image.MAX_IMAGE_PIXELS = NUMBER."
+                "you trust the file, raise it: in Python PIL.Image.MAX_IMAGE_PIXELS = NUMBER, on the command line "
+                "--max-pixels NUMBER."
             ) from error
         except Exception as error:  # PIL's readers raise SyntaxError, IndexError, struct.error, zlib.error...
             raise ValueError(f"{name}: {_reason(error)}") from error
@@ -369,7 +370,7 @@ def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[s
             UserWarning,
             stacklevel=3,
         )
-    return sorted(images, key=lambda path: path.split(os.sep))
+    return sorted(images, key=lambda path: path.split(os.sep))  # noqa: PTH206 (ten times as fast as Path's)
 
 
 def image_suffixes() -> frozenset[str]:
@@ -541,7 +542,9 @@ def _check_dtype(X: np.ndarray | torch.Tensor, name: str) -> None:
         if X.is_nested:
             raise TypeError(f"{name}: a nested tensor is not an image. Pass X.unbind(), a list of tensors.")
         if X.device.type == "meta":
-            raise TypeError(f"{name}: a tensor on the device 'meta' has no values. Pass one on a device that has memory.")
+            raise TypeError(
+                f"{name}: a tensor on the device 'meta' has no values. Pass one on a device that has memory."
+            )
         allowed = X.dtype.is_floating_point or X.dtype in (torch.uint8, torch.uint16)
     else:
         allowed = X.dtype.kind == "f" or (X.dtype.kind == "u" and X.dtype.itemsize <= 2)

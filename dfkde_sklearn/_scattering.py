@@ -249,7 +249,11 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
     def _recipes(self) -> list[str]:
         """Return all that decides the features beside the image."""
         filters = [self.scales, self.orientations, self.image_size]
-        of_all = {"scattering": filters, "white_level": int(self.white_level), "numerics": numerics(as_device(self.device))}
+        of_all = {
+            "scattering": filters,
+            "white_level": int(self.white_level),
+            "numerics": numerics(as_device(self.device)),
+        }
         return [json.dumps(of_all, default=str)]
 
     def _computed(self, images: Images, blocks: list[int]) -> Generator[np.ndarray, None, None]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from dfkde_sklearn._contact_sheet import TILE, Section, Tile, contact_sheet
 from dfkde_sklearn._images import as_images, image_suffixes
 
 
@@ -106,7 +107,9 @@ def damaged(data, rng):
         data[start:start] = data[start : start + length]
     else:
         at = int(rng.integers(min(len(data), 64)))
-        data[at : at + 4] = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"][rng.integers(4)]
+        data[at : at + 4] = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"][
+            rng.integers(4)
+        ]
     return bytes(data)
 
 
@@ -353,6 +356,15 @@ def test_paths_and_tensors_that_name_or_hold_nothing_are_errors(X, error, messag
         as_images(X)[0]
 
 
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1)])
+def test_elongated_pictures_have_their_place_in_a_contact_sheet(shape):
+    tile = Tile(Image.new("RGB", shape[::-1], "white"), "", "", True)
+    sheet = contact_sheet("", [], [Section("", [tile])])
+    without = contact_sheet("", [], [Section("", [tile._replace(picture=Image.new("RGB", shape[::-1]))])])
+    # A line of white pixels.
+    assert (np.asarray(sheet) != np.asarray(without)).any(axis=2).sum() == TILE
+
+
 # Damaged files
 
 
@@ -373,7 +385,8 @@ def files_of_all_kinds(folder):
         files[suffix] = path.read_bytes()
     deep = rng.integers(0, 65536, (9, 11, 3)).astype(np.uint16)
     colour.save(folder / "packed.tif", compression="tiff_lzw")
-    return list(files.items()) + [
+    return [
+        *files.items(),
         ("png", png_of_16_bits(deep)),
         ("png", png_of_16_bits(deep[..., :2])),
         ("tif", tiff(deep, photometric=2)),
@@ -395,8 +408,9 @@ def check_damaged(folder, seeds):
         try:
             picture = as_images([path])[0]
         except (ValueError, OSError) as error:
-            assert path.name in str(error), f"seed {seed}"
+            names_it = path.name in str(error)
             n_errors += 1
+            assert names_it, f"seed {seed}"
         else:
             assert picture.mode == "RGB", f"seed {seed}"
             assert picture.width * picture.height > 0, f"seed {seed}"
