@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 # fmt: off
 # Pillow's own formats that it decodes by itself, the usual ones first. Not among them: EPS, for which it runs
@@ -644,7 +644,7 @@ def _check_planes(picture: Image.Image) -> None:
         )
 
 
-def _opened(path: str | os.PathLike[str]) -> Image.Image:
+def _opened(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
     picture = Image.open(path, formats=_formats())
     # PIL only warns up to twice its limit, and a warning neither stops a run nor names the file.
     if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
@@ -725,7 +725,7 @@ def _as_8_bits(values: np.ndarray, name: str, white: int) -> np.ndarray:
     return ((np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
-def _missing(path: str | os.PathLike[str]) -> str:
+def _missing(path: Any) -> str:
     if os.path.islink(path):  # noqa: PTH114 (a str or a path)
         return f"a link to {os.readlink(path)!r}, where there is nothing."  # noqa: PTH115
     return "there is no such file."
