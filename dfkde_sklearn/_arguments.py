@@ -107,6 +107,12 @@ def _add_fit(commands: Any) -> None:
         help="layers of the backbone, each averaged over positions (default: its pooled embedding)",
     )
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width that images are resized to")
+    group.add_argument(
+        "--white-level",
+        type=int,
+        metavar="VALUE",
+        help="the value of 16-bit samples that is white: 4095 for 12 bits in 16-bit files (default: 65535)",
+    )
     _add_stage_run(group)
     group = _add_detector(command, residual="none")
     group.add_argument(

@@ -381,7 +381,7 @@ def _worst_first(scored: _Scored) -> NDArray[np.int64]:
 
 
 def _feature_stage(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
-    names = ("layers", "weights", "image_size", "batch_size", "cache", "device")
+    names = ("layers", "weights", "image_size", "white_level", "batch_size", "cache", "device")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["verbose"] = _shows_progress(options)
     if options.features != "scattering":

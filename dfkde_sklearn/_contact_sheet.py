@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
 
 from dfkde_sklearn._output import printable
@@ -98,7 +98,11 @@ def contact_sheet(title: str, notes: Sequence[str], sections: Sequence[Section],
 
 def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
     draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), MOUNT)
-    picture = ImageOps.contain(tile.picture.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS)
+    picture = tile.picture.convert("RGB")
+    scale = TILE / max(picture.size)
+    # ImageOps.contain makes elongated images lines without a pixel.
+    width, height = (max(1, round(scale * side)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     if tile.mask is not None:
         picture = _outlined(picture, tile.mask)
     sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))

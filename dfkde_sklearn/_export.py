@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dfkde_sklearn._features import TimmFeatures, image_transform
+from dfkde_sklearn._features import TimmFeatures, timm_transform
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._model import DfkdeModel, ScatteringModule, model_of
 
@@ -123,7 +123,7 @@ class Preprocessing(nn.Module):
                 f"image_shape={image_shape}: the backbone pads its images (crop mode {stage.crop_mode_!r}), and "
                 f"padding is not exported. {_OUTSIDE}"
             )
-        resize, crop, *_ = image_transform(stage).transforms
+        resize, crop, *_ = timm_transform(stage).transforms
         resized = resize(Image.new("RGB", (width, height)))
         # Where each pixel of the crop comes from; 0 where it is padding.
         places = 1 + np.arange(resized.height * resized.width, dtype=np.int32).reshape(resized.height, resized.width)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import ceil, floor
 from numbers import Integral
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from dfkde_sklearn._backbones import Backbone, borrowed, full_name, module_name, named_backbone
 from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._images import Images, as_images, image_batches
+from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
 from dfkde_sklearn._layers import LayersRead, check_layers, layer_formats, micro_batch_size, pooled, visit_layers
 
 
@@ -58,6 +60,10 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         there or not; any other difference to the network is an error.
     image_size : int, tuple (height, width) or None, default=None
         Size in pixels of what the network sees. None is the backbone's own.
+    white_level : int, default=65535
+        The value of 16-bit samples that is white, as all above it is: 4095 for files of 16 bits that hold the 12 bits
+        of a camera, 1023 for 10 bits. Other samples are as they are. ``fit_transform``, and so the ``fit`` of a
+        detector, warns where no value of the 16-bit images that it reads comes near it.
     batch_size : int, default=32
         Images that are read ahead and that go through the network at once at most. On a CPU fewer do, where that is
         faster: as many as keep the largest activation within 20 MiB. Changes the result by rounding only.
@@ -157,6 +163,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         "pretrained": ["boolean"],
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
+        "white_level": [Interval(Integral, 1, FULL_RANGE, closed="both")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "cache": ["boolean", str, os.PathLike, None],
         "device": [str, torch.device, None],
@@ -173,6 +180,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         pretrained: bool = True,
         weights: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
+        white_level: int = FULL_RANGE,
         batch_size: int = 32,
         cache: bool | str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
@@ -185,6 +193,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.pretrained = pretrained
         self.weights = weights
         self.image_size = image_size
+        self.white_level = white_level
         self.batch_size = batch_size
         self.cache = cache
         self.device = device
@@ -234,7 +243,10 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         ndarray of shape (n_images, `n_features_out_`), float32
             A row for each image, in their order.
         """
-        return self._described(X, self._fit(X))
+        images = as_images(X, self.white_level)
+        features = self._described(images, self._fit(images))
+        images.warn_of_white_level()
+        return features
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the features of the images.
@@ -321,7 +333,11 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
     def _described(self, X: Any, fingerprint: str | None = None) -> np.ndarray:
         """Return the features of the images; the fingerprint of the backbone need not be taken where it is given."""
         return feature_matrix(
-            as_images(X), self.layer_widths_, partial(self._recipes, fingerprint), self._computed, self.cache
+            as_images(X, self.white_level),
+            self.layer_widths_,
+            partial(self._recipes, fingerprint),
+            self._computed,
+            self.cache,
         )
 
     @contextmanager
@@ -381,6 +397,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
             "mean": self.mean_,
             "std": self.std_,
             "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_],
+            "white_level": int(self.white_level),
         }
         layers = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
         return [json.dumps(of_all | {"layer": layer}, default=str) for layer in layers]
@@ -425,7 +442,61 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         return tags
 
 
-def image_transform(stage: TimmFeatures) -> Any:
+# Resized so that the shorter side fits, an image whose longer side would be more than this many times that of the crop
+# is not resized as a whole: one of 60 000 x 1 pixels, 87 bytes in a file, would take 3.3 GB.
+_ELONGATED = 16
+
+
+def image_transform(stage: TimmFeatures) -> Callable[[Image.Image], Tensor]:
+    """Return the transform of a fitted stage: timm's, in bounded memory; a PIL image to a tensor (3, H, W)."""
+    transform = timm_transform(stage)
+    resize, *others = transform.transforms
+    height, width = stage.input_size_
+    resample = Image.Resampling[stage.interpolation_.upper()]
+
+    def transformed(picture: Image.Image) -> Tensor:
+        new_height, new_width = _resized(picture, resize)
+        if min(new_height, new_width) > 0 and max(new_height, new_width) <= _ELONGATED * max(height, width):
+            return transform(picture)
+        left, right, x, columns = _source(picture.width, max(1, new_width), width)
+        top, bottom, y, rows = _source(picture.height, max(1, new_height), height)
+        box = (x[0] - left, y[0] - top, x[1] - left, y[1] - top)
+        part: Any = picture.crop((left, top, right, bottom)).resize((columns, rows), resample, box=box)
+        for other in others:
+            part = other(part)
+        return part
+
+    return transformed
+
+
+def _resized(picture: Image.Image, resize: Any) -> tuple[int, int]:
+    """Return the height and width that a resize of timm's or torchvision's gives a picture."""
+    if hasattr(resize, "get_params"):
+        height, width = resize.get_params(picture, resize.size, resize.longest)
+        return int(height), int(width)
+    if not isinstance(resize.size, int):
+        return tuple(resize.size)
+    short, long = sorted(picture.size)
+    longer = int(resize.size * long / short)
+    return (resize.size, longer) if picture.height == short else (longer, resize.size)
+
+
+def _source(length: int, new_length: int, kept: int) -> tuple[int, int, tuple[float, float], int]:
+    """Return where the centre crop of a resized line of pixels comes from, and its length.
+
+    First from which whole pixels, with those that the filter reaches on both sides: from them Pillow makes what it
+    makes from all. Then from where to where without those.
+    """
+    start = max(0, round((new_length - kept) / 2))
+    stop = min(new_length, start + kept)
+    step = length / new_length
+    edges = start * step, stop * step
+    # The widest of the filters, Lanczos, reaches three pixels.
+    margin = 3 * max(1, step) + 1
+    return max(0, floor(edges[0] - margin)), min(length, ceil(edges[1] + margin)), edges, stop - start
+
+
+def timm_transform(stage: TimmFeatures) -> Any:
     """Return timm's transform of a fitted stage: a PIL image to a tensor (3, H, W)."""
     from timm.data import create_transform
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
+import stat
+import sys
 import threading
 import time
-from collections import OrderedDict, deque
+import warnings
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,16 +18,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 # fmt: off
-IMAGE_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+# Pillow's own formats that it decodes by itself, the usual ones first. Not among them: EPS, for which it runs
+# Ghostscript whatever the file is called; IPTC, which may hold an EPS; WMF, which Windows draws; and those that it
+# knows by name and cannot decode.
+FORMATS = (
+    "PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF", "PPM", "TGA", "BLP", "CUR", "DCX", "DDS", "DIB",
+    "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "IMT", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PSD",
+    "QOI", "SGI", "SPIDER", "SUN", "XBM", "XPM", "XVTHUMB",
 )
+# Suffixes of files that may lie among images without anybody taking them for some.
+COMPANIONS = frozenset((
+    ".cfg", ".csv", ".db", ".html", ".ini", ".ipynb", ".joblib", ".json", ".jsonl", ".log", ".md", ".md5", ".onnx",
+    ".parquet", ".pdf", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sha256", ".sqlite3", ".toml", ".tsv", ".txt",
+    ".xlsx", ".xml", ".yaml", ".yml",
+))
 # fmt: on
 # Grey, colour, colour with alpha.
 CHANNELS = (1, 3, 4)
+# White where 16 bits are used to the full.
+FULL_RANGE = 65535
+# Half a grey level: what rounding makes of a float that was in [0, 1].
+ROUNDING = 0.5 / 255
 # More threads than this seldom decode faster: they wait for the disk or for Python's lock.
 MAX_THREADS = 8
 # Digests of files that are known by their status: about 20 MB of them.
@@ -46,16 +64,21 @@ class Images(Sequence[Image.Image]):
     Every item is read when it is asked for and kept nowhere: a picture of mode "RGB", 8 bits a channel,
     turned as its EXIF orientation says. Of files with several frames or pages, the first is taken. An alpha
     channel is dropped, as timm and ``convert("RGB")`` do, not composited. 16-bit samples are scaled from
-    their full range (65535 becomes 255), floating-point samples from [0, 1].
+    [0, `white_level`], and floating-point samples from [0, 1].
 
     Parameters
     ----------
     items : list, ndarray or Tensor
         The images, by index, as :func:`as_images` checked them.
+    white_level : int, default=65535
+        The 16-bit value that becomes 255, as all above it do.
     """
 
-    def __init__(self, items: list[Any] | np.ndarray | torch.Tensor) -> None:
+    def __init__(self, items: list[Any] | np.ndarray | torch.Tensor, white_level: int = FULL_RANGE) -> None:
         self._items = items
+        self.white_level = white_level
+        # The brightest values of the 16-bit images read so far: a set, which threads may add to.
+        self._brightest: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -82,24 +105,55 @@ class Images(Sequence[Image.Image]):
         """
         index = range(len(self))[index]
         item, name = self._items[index], self.name(index)
-        if isinstance(item, np.ndarray | torch.Tensor):
-            return _picture_from_array(_as_numpy(item), name)
+        white = FULL_RANGE
         try:
-            if isinstance(item, Image.Image):
+            if isinstance(item, np.ndarray | torch.Tensor):
+                samples: Image.Image | np.ndarray = _as_numpy(item)
+            elif isinstance(item, Image.Image):
                 with _READING:
-                    picture = ImageOps.exif_transpose(item)
+                    samples, white = _shown(item)
             else:
-                picture = _picture_from_file(item)
-            if picture.mode != "F" and not picture.mode.startswith("I"):
-                return _as_rgb(picture)
+                samples, white = _read_file(item)
+            if isinstance(samples, Image.Image):
+                return _as_rgb(samples)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: there is no such file.") from error
+            raise FileNotFoundError(f"{name}: {_missing(item)}") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"{name}: {error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS.") from error
+            raise ValueError(
+                f"{name}: {error} The limit guards against small files that unpack to more than the memory holds. If "
+                "you trust the file, raise it: in Python PIL.Image.MAX_IMAGE_PIXELS = NUMBER, on the command line "
+                "--max-pixels NUMBER."
+            ) from error
         except Exception as error:  # PIL's readers raise SyntaxError, IndexError, struct.error, zlib.error...
-            raise ValueError(f"{name}: {_reason(item, error)}") from error
-        # PIL's own conversion clips wide samples at 255 and never scales.
-        return _picture_from_array(np.asarray(picture), name)
+            raise ValueError(f"{name}: {_reason(error)}") from error
+        return _picture_from_array(samples, name, self._white(samples, white))
+
+    def _white(self, samples: np.ndarray, white: int) -> int:
+        """Return the value that becomes 255, given what the file says, and note how bright 16-bit samples get."""
+        if samples.dtype.kind != "f" and samples.dtype != np.uint8 and self.white_level <= white:
+            self._brightest.add(int(samples.max()))
+        return min(white, self.white_level)
+
+    def warn_of_white_level(self) -> None:
+        """Warn where the 16-bit images that were read use little of the range up to the white level, or exceed it."""
+        if not self._brightest:
+            return
+        brightest, white = max(self._brightest), self.white_level
+        if brightest > white:
+            warnings.warn(
+                f"The brightest value of the 16-bit images is {brightest}, and all above white_level={white} comes out "
+                f"as white. To keep it apart: white_level={2 ** brightest.bit_length() - 1}.",
+                UserWarning,
+                stacklevel=3,
+            )
+        elif 0 < brightest < (white + 1) / 16:
+            warnings.warn(
+                f"The brightest value of the 16-bit images is {brightest}, under a sixteenth of white_level={white}: "
+                f"they come down to {round(brightest * 255 / white) + 1} of 256 grey levels. If they are of a camera "
+                f"of {brightest.bit_length()} bits, say so: white_level={2 ** brightest.bit_length() - 1}.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def name(self, index: int) -> str:
         """Return what messages call the image at `index`: its path where it has one.
@@ -156,7 +210,9 @@ def _file_digest(path: str | os.PathLike[str]) -> bytes:
     system's, and no program can set it. One that was changed just now is read, since a change in the same tick of the
     clock does not show; and on Windows, which has no such time, all are.
     """
-    status = Path(path).stat()
+    status = os.stat(path)  # noqa: PTH116 (a str or a path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(_KINDS.get(stat.S_IFMT(status.st_mode)))
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     known = _digests.get(key)
     if known is not None:
@@ -171,7 +227,7 @@ def _file_digest(path: str | os.PathLike[str]) -> bytes:
     return digest
 
 
-def as_images(X: Any) -> Images:
+def as_images(X: Any, white_level: int | None = None) -> Images:
     """Return what a user handed in as a sequence of pictures.
 
     Nothing is decoded yet: this checks kinds, shapes and dtypes; a broken file is found when it is read.
@@ -182,12 +238,13 @@ def as_images(X: Any) -> Images:
         - a list, tuple, one-dimensional array or pandas / polars Series of paths, of PIL images, or of
           arrays or tensors (H, W), (H, W, C) or (C, H, W), of one size or of several;
         - an array or tensor (n, H, W), (n, H, W, C) or (n, C, H, W), with 1, 3 or 4 channels;
-        - a folder: every image file in it and in its sub-folders, sorted by path. Hidden files and folders
-          (a leading dot) and files without a known image suffix are left out;
+        - a folder: every image file in it and in its sub-folders, sorted by path; see `image_files`;
         - one image file or one PIL image: a sequence of one.
 
-        Arrays and tensors are uint8; or uint16 over the full range; or floating point in [0, 1].
+        Arrays and tensors are uint8; or uint16; or floating point in [0, 1].
         A three-dimensional array is always a stack of grey images, never one colour image.
+    white_level : int or None, default=None
+        The 16-bit value that becomes 255, as all above it do. None is 65535, or what `images` have already.
 
     Returns
     -------
@@ -212,8 +269,9 @@ def as_images(X: Any) -> Images:
     (5, 'RGB', (48, 32))
     """
     if isinstance(X, Images):
-        return X
+        return X if white_level in (None, X.white_level) else Images(X._items, white_level)
     if isinstance(X, str | os.PathLike):
+        _check_path(X, "images")
         items: list[Any] | np.ndarray | torch.Tensor = _files_at(Path(X))
     elif isinstance(X, Image.Image):
         items = [X]
@@ -243,7 +301,100 @@ def as_images(X: Any) -> Images:
     if isinstance(items, list):
         for index, item in enumerate(items):
             _check_item(item, f"images[{index}]")
-    return Images(items)
+    return Images(items, FULL_RANGE if white_level is None else white_level)
+
+
+def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[str]:
+    """Return the paths of the images in a folder, sorted folder by folder.
+
+    Links to folders are followed, and each folder is listed once, however many links lead to it. Hidden files and
+    folders (a leading dot) and files without the suffix of an image are left out. Links to nothing are listed, where
+    they have no suffix or that of an image, and so is what has such a suffix and is no file: who reads the images
+    learns of them.
+
+    Parameters
+    ----------
+    folder : str or PathLike
+        The folder.
+    below : bool, default=True
+        Whether to list the folders in it as well.
+
+    Returns
+    -------
+    list of str
+        The paths.
+
+    Warns
+    -----
+    UserWarning
+        If files are left out for a suffix that is none of an image and none of the usual companions of images.
+
+    Raises
+    ------
+    OSError
+        If a folder cannot be read.
+    """
+    suffixes = image_suffixes()
+    images: list[str] = []
+    left_out: Counter[str] = Counter()
+    # Links last: what lies in a folder and is linked to as well has its own path.
+    folders, links, listed = [os.fspath(folder)], list[str](), set[tuple[int, int]]()
+    while folders or links:
+        current = folders.pop() if folders else heapq.heappop(links)
+        status = os.stat(current)  # noqa: PTH116 (a str)
+        if (status.st_dev, status.st_ino) in listed:
+            continue
+        listed.add((status.st_dev, status.st_ino))
+        with os.scandir(current) as entries:
+            for entry in entries:
+                suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (ten times as fast as Path's)
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    if not below:
+                        continue
+                    if entry.is_symlink():
+                        heapq.heappush(links, entry.path)
+                    else:
+                        folders.append(entry.path)
+                elif suffix in suffixes or (not suffix and _dangles(entry)):
+                    images.append(entry.path)
+                elif suffix not in COMPANIONS:
+                    left_out[suffix or "without a suffix"] += 1
+    if left_out:
+        kinds = ", ".join(f"{n} {suffix}" for suffix, n in left_out.most_common(5))
+        warnings.warn(
+            f"{left_out.total()} files in the folder {os.fspath(folder)!r} are left out, as their suffixes are not "
+            f"those of images: {kinds}{', ...' if len(left_out) > 5 else ''}. If they are images, convert or rename "
+            "them, or pass a list of paths.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return sorted(images, key=lambda path: path.split(os.sep))  # noqa: PTH206 (ten times as fast as Path's)
+
+
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of the formats that are read, in small letters and with their dots."""
+    formats = {*_formats(), *FORMATS}
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats)
+
+
+def _formats() -> list[str]:
+    """Return the formats that are read: `FORMATS`, and those that packages other than Pillow have added to it."""
+    Image.init()
+    added = [kind for kind, (factory, _) in Image.OPEN.items() if not str(factory.__module__).startswith("PIL.")]
+    return [kind for kind in FORMATS if kind in Image.OPEN] + [kind for kind in added if kind not in FORMATS]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
+
+
+def _dangles(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110 (a str)
 
 
 def image_batches(
@@ -294,7 +445,7 @@ def image_batches(
             ) from error
 
     # PIL finds its readers at the first file; two threads that look at the same moment may miss one.
-    Image.init()
+    _formats()
     n_images, n_threads = len(images), min(MAX_THREADS, os.cpu_count() or 1)
     ahead: deque[Future[torch.Tensor]] = deque()
     indices = iter(range(n_images))
@@ -317,23 +468,28 @@ def _files_at(path: Path) -> list[Any]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"images: {str(path)!r} is neither a folder nor a file.")
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
-    ]
+    files = image_files(path)
     if not files:
         raise ValueError(
             f"images: no image file in the folder {str(path)!r} or below it."
-            f" Known suffixes: {', '.join(sorted(IMAGE_SUFFIXES))}; for others pass a list of paths."
+            f" Known suffixes: {', '.join(sorted(image_suffixes()))}; for others pass a list of paths."
         )
     return files
 
 
+def _check_path(path: str | os.PathLike[str], name: str) -> None:
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: the path {text!r} is of type bytes. Use os.fsdecode(path).")
+    if not text:
+        raise ValueError(f"{name}: the path is empty (''). For the current folder use '.'.")
+
+
 def _check_item(item: Any, name: str) -> None:
-    if isinstance(item, str | os.PathLike | Image.Image):
+    if isinstance(item, str | os.PathLike):
+        _check_path(item, name)
+        return
+    if isinstance(item, Image.Image):
         return
     if not isinstance(item, np.ndarray | torch.Tensor):
         raise TypeError(f"{name}: {item!r:.80} of type {type(item).__name__} is not an image. {ACCEPTED}")
@@ -383,6 +539,12 @@ def _check_dtype(X: np.ndarray | torch.Tensor, name: str) -> None:
     if isinstance(X, torch.Tensor):
         if X.layout != torch.strided:
             raise TypeError(f"{name}: a sparse tensor is not an image. Pass X.to_dense().")
+        if X.is_nested:
+            raise TypeError(f"{name}: a nested tensor is not an image. Pass X.unbind(), a list of tensors.")
+        if X.device.type == "meta":
+            raise TypeError(
+                f"{name}: a tensor on the device 'meta' has no values. Pass one on a device that has memory."
+            )
         allowed = X.dtype.is_floating_point or X.dtype in (torch.uint8, torch.uint16)
     else:
         allowed = X.dtype.kind == "f" or (X.dtype.kind == "u" and X.dtype.itemsize <= 2)
@@ -393,7 +555,7 @@ def _check_dtype(X: np.ndarray | torch.Tensor, name: str) -> None:
         )
     if not allowed:
         raise TypeError(
-            f"{name}: dtype {X.dtype}. Allowed: uint8, uint16 (full range) or floating point in [0, 1]."
+            f"{name}: dtype {X.dtype}. Allowed: uint8, uint16 or floating point in [0, 1]."
             " Values of 0 to 255 in another type: convert them to uint8."
         )
 
@@ -406,24 +568,131 @@ def _as_numpy(item: np.ndarray | torch.Tensor) -> np.ndarray:
     return (item.float() if item.dtype.is_floating_point else item).numpy()
 
 
-def _picture_from_array(values: np.ndarray, name: str) -> Image.Image:
+def _picture_from_array(values: np.ndarray, name: str, white: int) -> Image.Image:
     if values.ndim == 3 and values.shape[2] not in CHANNELS:
         values = np.moveaxis(values, 0, 2)
-    values = _as_8_bits(values, name)
+    values = _as_8_bits(values, name, white)
     if values.ndim == 2 or values.shape[2] == 1:
         return Image.fromarray(np.ascontiguousarray(values.reshape(values.shape[:2]))).convert("RGB")
     return Image.fromarray(np.ascontiguousarray(values[..., :3]))
 
 
-def _picture_from_file(path: str | os.PathLike[str]) -> Image.Image:
-    with Image.open(path) as picture:
-        # PIL only warns up to twice its limit, and a warning neither stops a run nor names the file.
-        if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(
-                f"{picture.width} x {picture.height} pixels, over PIL's limit of {Image.MAX_IMAGE_PIXELS}."
-            )
+# Files
+
+
+_KINDS = {
+    stat.S_IFDIR: "is a folder. Pass the folder itself instead of a list, or the paths of the files in it.",
+    stat.S_IFIFO: "is a named pipe, not a file, and was not opened.",
+    stat.S_IFSOCK: "is a socket, not a file.",
+    stat.S_IFCHR: "is a device, not a file, and was not opened.",
+    stat.S_IFBLK: "is a device, not a file, and was not opened.",
+}
+# Pillow keeps the upper byte of 16-bit colour. What it reads as the upper byte in the other order is the lower one.
+_OTHER_BYTES = {
+    f"{channels};16{order}": f"{channels};16{other}"
+    for channels in ("RGB", "RGBX", "RGBA")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+} | {"LA;16B": "RGBA"}
+_PHOTOMETRIC, _BITS, _PLANAR = 262, 258, 284
+
+
+class _NotAnImageError(ValueError):
+    """What is wrong with a file, in words that need no other before them."""
+
+
+def _read_file(path: str | os.PathLike[str]) -> tuple[Image.Image | np.ndarray, int]:
+    """Return what a file shows, a picture or wide samples, and the value of integers that is white."""
+    status = os.stat(path)  # noqa: PTH116 (a str or a path)
+    if not stat.S_ISREG(status.st_mode):
+        # Not even opened: a pipe waits for a writer, and some devices do something.
+        raise _NotAnImageError(_KINDS.get(stat.S_IFMT(status.st_mode), "is not a file."))
+    if not status.st_size:
+        raise _NotAnImageError("the file is empty (0 bytes).")
+    with _opened(path) as picture:
+        _check_planes(picture)
+        if _rawmode(picture) in _OTHER_BYTES:
+            return _wide_colour(path), FULL_RANGE
+        return _shown(picture, in_place=True)
+
+
+def _shown(picture: Image.Image, *, in_place: bool = False) -> tuple[Image.Image | np.ndarray, int]:
+    """Return what a picture shows, with wide samples as an array, and the value of integers that is white."""
+    _check_planes(picture)
+    tags, mode = _tags(picture), picture.mode
+    turned = _turned(picture, in_place=in_place)
+    if mode != "F" and not mode.startswith("I"):
+        return turned, FULL_RANGE
+    # PIL's own conversion clips wide samples at 255 and never scales.
+    samples = np.asarray(turned)
+    white = 4095 if tags.get(_BITS) == (12,) else FULL_RANGE
+    # Pillow turns WhiteIsZero around for 8 bits only; it takes that to be meant where the tag is missing.
+    if picture.format == "TIFF" and tags.get(_PHOTOMETRIC, 0) == 0:
+        return (1 if mode == "F" else white) - samples, white
+    return samples, white
+
+
+def _tags(picture: Any) -> Any:
+    return picture.tag_v2 if picture.format == "TIFF" else {}
+
+
+def _check_planes(picture: Image.Image) -> None:
+    bits = _tags(picture).get(_BITS, (8,))
+    if len(bits) > 1 and max(bits) > 8 and _tags(picture).get(_PLANAR) == 2:
+        raise _NotAnImageError(
+            f"a TIFF whose channels of {max(bits)} bits lie one after the other (PlanarConfiguration 2), which Pillow"
+            " reads wrong. Save it with interleaved channels, or pass an array."
+        )
+
+
+def _opened(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
+    picture = Image.open(path, formats=_formats())
+    # PIL only warns up to twice its limit, and a warning neither stops a run nor names the file.
+    if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        picture.close()
+        raise Image.DecompressionBombError(
+            f"{picture.width} x {picture.height} pixels, over Pillow's limit of {Image.MAX_IMAGE_PIXELS}."
+        )
+    return picture
+
+
+def _turned(picture: Image.Image, *, in_place: bool) -> Image.Image:
+    """Return a picture, which has pixels, as its EXIF orientation says; not a copy if `in_place`."""
+    if not picture.width or not picture.height:
+        raise _NotAnImageError(f"an image of {picture.width} x {picture.height} pixels shows nothing.")
+    if in_place:
         ImageOps.exif_transpose(picture, in_place=True)
         return picture
+    return ImageOps.exif_transpose(picture)
+
+
+def _rawmode(picture: Any) -> str:
+    """Return Pillow's name of how the samples lie in the file; "" where there is none."""
+    if not getattr(picture, "tile", None):
+        return ""
+    arguments = picture.tile[0][3]
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _wide_colour(path: str | os.PathLike[str]) -> np.ndarray:
+    """Return 16-bit colour, of which Pillow keeps 8 bits, as uint16 (H, W, 3), or (H, W) where it is grey and alpha."""
+    with _opened(path) as picture:
+        rawmode = _rawmode(picture)
+        upper = np.asarray(_turned(picture, in_place=True)).astype(np.uint16)
+    with _opened(path) as picture:
+        picture.tile = [_with_rawmode(tile, _OTHER_BYTES[rawmode]) for tile in picture.tile]
+        lower = np.asarray(_turned(picture, in_place=True))
+    if rawmode == "LA;16B":
+        # Grey and alpha of two bytes each, read as four channels of one byte.
+        return upper[..., 0] << 8 | lower[..., 1]
+    return upper[..., :3] << 8 | lower[..., :3]
+
+
+def _with_rawmode(tile: Any, rawmode: str) -> Any:
+    codec, extents, offset, arguments = tile
+    arguments = (rawmode, *arguments[1:]) if isinstance(arguments, tuple) else rawmode
+    # A tuple until Pillow 11, a named tuple since.
+    return getattr(type(tile), "_make", tuple)((codec, extents, offset, arguments))
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
@@ -433,34 +702,38 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _as_8_bits(values: np.ndarray, name: str) -> np.ndarray:
-    """Scale samples to 0..255: uint16 and wider integers from 0..65535, floating point from [0, 1]."""
+def _as_8_bits(values: np.ndarray, name: str, white: int) -> np.ndarray:
+    """Scale samples to 0..255: uint16 and wider integers from 0..`white`, floating point from [0, 1]."""
     if values.dtype == np.uint8:
         return values
     floating = values.dtype.kind == "f"
-    low, high = values.min(), values.max()
+    low, high = values.min().item(), values.max().item()
+    margin, most = (ROUNDING, 1) if floating else (0, FULL_RANGE)
     # A NaN fails both comparisons.
-    if not (low >= 0 and high <= (1 if floating else 65535)):
+    if not (low >= -margin and high <= most + margin):
         if not np.isfinite(values).all():
             raise ValueError(f"{name}: NaN or infinite values. Replace them first, for example with np.nan_to_num.")
         if not floating:
             raise ValueError(f"{name}: integers from {low} to {high}. Allowed: 0 to 65535.")
         raise ValueError(
-            f"{name}: floating-point values from {low:.6g} to {high:.6g}. Allowed: [0, 1]. Divide 0 to"
-            " 255 by 255, or pass them as uint8; undo a normalisation by mean and standard deviation."
+            f"{name}: floating-point values from {low:.6g} to {high:.6g}. Allowed: [0, 1], and {ROUNDING:.3f} on each"
+            " side for rounding. Divide 0 to 255 by 255, or pass them as uint8; undo a normalisation by mean and"
+            " standard deviation; clip what a resize has made brighter than white."
         )
     if floating:
-        return np.rint(values.astype(np.float32, copy=False) * 255).astype(np.uint8)
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return np.rint(np.clip(values.astype(np.float32, copy=False), 0, 1) * 255).astype(np.uint8)
+    return ((np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
-def _reason(item: Any, error: Exception) -> str:
-    if isinstance(item, Image.Image):
-        return f"the image cannot be read: {error}"
-    if Path(item).is_dir():
-        return "is a folder. Pass the folder itself instead of a list, or the paths of the files in it."
-    if Path(item).stat().st_size == 0:
-        return "the file is empty (0 bytes)."
+def _missing(path: Any) -> str:
+    if os.path.islink(path):  # noqa: PTH114 (a str or a path)
+        return f"a link to {os.readlink(path)!r}, where there is nothing."  # noqa: PTH115
+    return "there is no such file."
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _NotAnImageError):
+        return str(error)
     if isinstance(error, Image.UnidentifiedImageError):
         return "the file is not an image that PIL can read."
     return f"the image cannot be read: {error}"

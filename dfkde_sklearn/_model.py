@@ -21,7 +21,7 @@ from dfkde_sklearn._backbones import weights_hash
 from dfkde_sklearn._density import WORKING_MEMORY, scott_bandwidth
 from dfkde_sklearn._dfkde import FeatureDensity, ResidualTerm, RowDensity, Scaling, Settings, scaled
 from dfkde_sklearn._features import TimmFeatures, image_transform
-from dfkde_sklearn._images import as_images, image_batches
+from dfkde_sklearn._images import Images, as_images, image_batches
 from dfkde_sklearn._layers import embedding, pooled
 from dfkde_sklearn._scattering import ScatteringFeatures, grey_levels
 from dfkde_sklearn._training import fit
@@ -295,7 +295,7 @@ class NetworkFeatures(nn.Module):
 
     def read_images(self, images: Any) -> Tensor:
         """Return images as the network takes them, of shape (n, 3, H, W)."""
-        return _read(images, image_transform(self.stage))
+        return _read(as_images(images, self.stage.white_level), image_transform(self.stage))
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: batch statistics are none of the features."""
@@ -325,7 +325,8 @@ class ScatteringModule(nn.Module):
 
     def read_images(self, images: Any) -> Tensor:
         """Return images as grey levels (n, size, size)."""
-        return _read(images, lambda picture: grey_levels(picture, self.stage.image_size))
+        pictures = as_images(images, self.stage.white_level)
+        return _read(pictures, lambda picture: grey_levels(picture, self.stage.image_size))
 
 
 class DfkdeModel(nn.Module):
@@ -765,8 +766,7 @@ def _without_module(stage: TimmFeatures) -> TimmFeatures:
     return stage
 
 
-def _read(images: Any, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    pictures = as_images(images)
+def _read(pictures: Images, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     return torch.cat(list(image_batches(pictures, transform, len(pictures))))
 
 

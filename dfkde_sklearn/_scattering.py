@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._images import Images, as_images, image_batches
+from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
 
 STATISTICS = ("mean", "std", "max")
 
@@ -59,6 +59,10 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
     image_size : int, default=128
         Height and width in pixels that every image is resized to: a multiple of 2**`scales`, and at least
         twice that.
+    white_level : int, default=65535
+        The value of 16-bit samples that is white, as all above it is: 4095 for files of 16 bits that hold the 12 bits
+        of a camera, 1023 for 10 bits. Other samples are as they are. ``fit_transform``, and so the ``fit`` of a
+        detector, warns where no value of the 16-bit images that it reads comes near it.
     batch_size : int, default=32
         Images that are transformed at once. Does not change the result.
     cache : bool, str, PathLike or None, default=None
@@ -119,6 +123,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         "scales": [Interval(Integral, 1, None, closed="left")],
         "orientations": [Interval(Integral, 1, None, closed="left")],
         "image_size": [Interval(Integral, 1, None, closed="left")],
+        "white_level": [Interval(Integral, 1, FULL_RANGE, closed="both")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "cache": ["boolean", str, os.PathLike, None],
         "device": [str, torch.device, None],
@@ -131,6 +136,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         scales: int = 4,
         orientations: int = 8,
         image_size: int = 128,
+        white_level: int = FULL_RANGE,
         batch_size: int = 32,
         cache: bool | str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
@@ -139,6 +145,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         self.scales = scales
         self.orientations = orientations
         self.image_size = image_size
+        self.white_level = white_level
         self.batch_size = batch_size
         self.cache = cache
         self.device = device
@@ -180,6 +187,27 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         self.n_features_out_ = len(self._feature_names())
         return self
 
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
+        """Do what `fit` and then `transform` do; warn where the white level does not go with the images.
+
+        Parameters
+        ----------
+        X : images
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        ndarray of shape (n_images, `n_features_out_`), float32
+            A row for each image, in their order.
+        """
+        images = as_images(X, self.white_level)
+        features = self.fit(images).transform(images)
+        images.warn_of_white_level()
+        return features
+
     def transform(self, X: Any) -> np.ndarray:
         """Return the features of the images.
 
@@ -199,7 +227,8 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
             If an image cannot be read; the message names it.
         """
         check_is_fitted(self)
-        return feature_matrix(as_images(X), [self.n_features_out_], self._recipes, self._computed, self.cache)
+        images = as_images(X, self.white_level)
+        return feature_matrix(images, [self.n_features_out_], self._recipes, self._computed, self.cache)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return the names: order, scale and orientation of each wavelet on the way, statistic.
@@ -220,7 +249,12 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
     def _recipes(self) -> list[str]:
         """Return all that decides the features beside the image."""
         filters = [self.scales, self.orientations, self.image_size]
-        return [json.dumps({"scattering": filters, "numerics": numerics(as_device(self.device))}, default=str)]
+        of_all = {
+            "scattering": filters,
+            "white_level": int(self.white_level),
+            "numerics": numerics(as_device(self.device)),
+        }
+        return [json.dumps(of_all, default=str)]
 
     def _computed(self, images: Images, blocks: list[int]) -> Generator[np.ndarray, None, None]:
         """Yield the features of the images batch by batch."""

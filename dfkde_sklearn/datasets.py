@@ -22,7 +22,7 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
 from dfkde_sklearn._files import new_folder
-from dfkde_sklearn._images import IMAGE_SUFFIXES
+from dfkde_sklearn._images import image_files, image_suffixes
 
 __all__ = ["load_mvtec_folder", "make_textures", "read_mask", "write_mvtec_folder"]
 
@@ -123,7 +123,7 @@ def load_mvtec_folder(root: str | os.PathLike[str]) -> Bunch:
     test = [path for folder in folders for path in _files(folder)]
     for folder in (root / "train" / _NORMAL, *(folders or [root / "test"])):
         if not _files(folder):
-            raise ValueError(f"{str(folder)!r} holds no image: no file ends in {', '.join(IMAGE_SUFFIXES)}.")
+            raise ValueError(f"{str(folder)!r} holds no image: no file ends in {', '.join(sorted(image_suffixes()))}.")
     mask_of: dict[Path, Path] = {}
     for folder in _folders(root / "ground_truth"):
         mask_of |= _masks_of_images(_files(root / "test" / folder.name), _files(folder))
@@ -145,18 +145,20 @@ def _files(folder: Path) -> list[Path]:
     """Return the images that lie in a folder, sorted; none where there is no such folder."""
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    return [Path(path) for path in image_files(folder, below=False)]
 
 
 def _folders(folder: Path) -> list[Path]:
     """Return the folders that lie in a folder, sorted; none where there is no such folder."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = []
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.suffix and not path.exists():
+            raise FileNotFoundError(f"{str(path)!r} is a link to {str(path.readlink())!r}, where there is nothing.")
+        if path.is_dir() and not path.name.startswith("."):
+            folders.append(path)
+    return sorted(folders)
 
 
 def _masks_of_images(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path]:

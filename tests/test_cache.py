@@ -288,7 +288,9 @@ def test_scattering_features_are_read_bit_for_bit(cache, paths, monkeypatch):
     np.testing.assert_array_equal(features.transform(paths[::-1]), first[::-1])
 
 
-@pytest.mark.parametrize("parameters", [{"scales": 1}, {"orientations": 3}, {"image_size": 24}], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [{"scales": 1}, {"orientations": 3}, {"image_size": 24}, {"white_level": 100}], ids=str
+)
 def test_scattering_with_other_parameters_misses(cache, paths, parameters):
     features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=cache, device="cpu")
     features.fit_transform(paths)
@@ -480,7 +482,9 @@ def test_a_network_has_the_same_fingerprint_in_every_process():
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"pooling": "max"}, {"pooling": "gem"}, {"image_size": 12}, {"image_size": (16, 12)}], ids=str
+    "parameters",
+    [{"pooling": "max"}, {"pooling": "gem"}, {"image_size": 12}, {"image_size": (16, 12)}, {"white_level": 100}],
+    ids=str,
 )
 def test_other_parameters_miss(cache, paths, parameters):
     network = Network()

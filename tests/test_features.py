@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dfkde_sklearn import _backbones
-from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._features import TimmFeatures, image_transform
 
 REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
 
@@ -133,6 +133,48 @@ def test_image_size_overrides_the_backbone_s_own(image_size, images):
     assert features.input_size_ == size
     expected = timm_inputs(network, images, input_size=(3, *size)).flatten(1)
     np.testing.assert_array_equal(features.transform(images), expected)
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("input_size", [(3, 24, 24), (3, 20, 28)])
+def test_elongated_images_are_seen_as_timm_sees_them(input_size, interpolation, crop_pct):
+    network = Input(input_size=input_size, interpolation=interpolation, crop_pct=crop_pct)
+    rng = np.random.default_rng(0)
+    for shape in [(7, 900), (1200, 5), (1, 700), (2000, 1), (31, 999)]:
+        images = rng.integers(0, 256, (1, *shape, 3), dtype=np.uint8)
+        expected = timm_inputs(network, images).flatten(1)
+        grey_level = float(1 / (255 * min(network.pretrained_cfg.get("std", (0.224,)))))
+        seen = tiny(network).fit_transform([Image.fromarray(images[0])])
+        assert np.abs(seen - expected.numpy()).max() <= 1.01 * grey_level
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+@pytest.mark.parametrize("shape", [(1, 60_000), (5000, 1)])
+def test_an_image_of_few_bytes_takes_little_memory(crop_mode, shape):
+    features = tiny(Input(input_size=(3, 224, 224), crop_mode=crop_mode)).fit(np.zeros((1, 9, 9), np.uint8))
+    read = image_transform(features)
+    sizes = []
+    resize = Image.Image.resize
+
+    def noted(picture, size, *args, **kwargs):
+        sizes.append(size[0] * size[1])
+        return resize(picture, size, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", noted)
+        assert read(Image.new("RGB", shape[::-1], "white")).shape == (3, 224, 224)
+    assert max(sizes) <= 16 * 256**2
+
+
+def test_16_bit_images_have_the_features_of_8_bit_ones_given_the_white_level(images):
+    expected = tiny(Input()).fit_transform(images)
+    deep = np.round(images / 255 * 1023).astype(np.uint16)
+    told = tiny(Input(), white_level=1023)
+    np.testing.assert_array_equal(told.fit_transform(deep), expected)
+    np.testing.assert_array_equal(told.transform(list(deep)), expected)
+    with pytest.warns(UserWarning, match="5 of 256 .*white_level=1023"):
+        tiny(Input()).fit_transform(deep)
 
 
 def test_paths_arrays_and_tensors_have_the_same_features(images, tmp_path):

@@ -117,8 +117,8 @@ def test_names_of_columns_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "stage",
     [
-        lambda: tiny(layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48)),
-        lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32),
+        lambda: tiny(layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48), white_level=4095),
+        lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32, white_level=4095),
     ],
 )
 def test_the_feature_stage_is_kept(stage, tmp_path):

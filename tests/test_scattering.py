@@ -357,6 +357,8 @@ def test_transform_before_fit_is_an_error(rng):
         ({"orientations": 0}, "'orientations' parameter"),
         ({"image_size": 0}, "'image_size' parameter"),
         ({"batch_size": 0}, "'batch_size' parameter"),
+        ({"white_level": 0}, "'white_level' parameter"),
+        ({"white_level": 65536}, "'white_level' parameter"),
         ({"device": "abacus"}, "device='abacus'"),
         ({"image_size": 100}, r"image_size=100 does not go with scales=4.*Use image_size=96"),
         ({"image_size": 16}, r"image_size=16 does not go with scales=4.*Use image_size=32"),
@@ -375,6 +377,21 @@ def test_a_broken_image_is_named(tmp_path):
     features = ScatteringFeatures(scales=2, image_size=32).fit([good])
     with pytest.raises(ValueError, match=r"broken\.png"):
         features.transform([good, broken])
+
+
+def test_12_bits_in_16_are_what_8_bits_are_given_the_white_level_and_warned_of_otherwise(rng):
+    grey = as_bytes(clouds(rng, 6, 32))
+    deep = np.round(grey / 255 * 4095).astype(np.uint16)
+    features = ScatteringFeatures(scales=2, orientations=2, image_size=32)
+    expected = features.fit_transform(grey)
+    told = clone(features).set_params(white_level=4095)
+    np.testing.assert_array_equal(told.fit_transform(deep), expected)
+    np.testing.assert_array_equal(told.transform(deep[:2]), expected[:2])
+    np.testing.assert_array_equal(told.transform(grey[:2]), expected[:2])
+    with pytest.warns(UserWarning, match="white_level=4095"):
+        assert np.abs(features.fit_transform(deep) - expected).max() > 0.1
+    # One image of many may be dark.
+    features.transform(deep)
 
 
 def test_no_images_is_an_error():
