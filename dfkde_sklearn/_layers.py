@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfkde_sklearn._threads import Lock
+
 # Formats kept of networks that were looked at, which a search asks for again in every fold.
 MAX_FORMATS = 64
 _formats: OrderedDict[tuple[Any, ...], list[LayerFormat]] = OrderedDict()
-_looking = threading.Lock()
+_looking = Lock()
 
 
 class LayersRead(Exception):  # noqa: N818 (a signal, not an error)
