@@ -29,7 +29,7 @@ _LANCZOS_WIDTH = 384
 
 # Multiplications for the scatter matrix, from which on torch's threads are worth more than they hinder one another.
 _LARGE = 2**35
-# Bytes of a block of rows that is still in the processor's cache when it is used; rows that are worth BLAS's threads.
+# Bytes of a block of rows that is still in the processor's cache when it is used; rows that are worth several threads.
 _CACHED = 2**21
 _BLOCK_ROWS = 1024
 # Columns of a scatter matrix that are computed at once: enough for a fast product.

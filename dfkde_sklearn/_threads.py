@@ -228,9 +228,7 @@ def _run_to_the_end(calls: list[Callable[[], _Result]], give_up: Callable[[], ob
         return [future.result() for future in futures]
     except BaseException:  # Ctrl-C too
         give_up()
-        for future in futures:
-            future.cancel()
-        wait(futures)
+        wait([future for future in futures if not future.cancel()])
         raise
 
 

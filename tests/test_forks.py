@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -33,10 +34,15 @@ def check(found):
 def run(script, timeout=120):
     command = [sys.executable, "-W", "ignore", "-c", USE + script]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
-    ended = subprocess.run(
-        command, env=environment, timeout=timeout, check=False, stderr=subprocess.PIPE, start_new_session=True
-    )
-    assert ended.returncode == 0, ended.stderr.decode()
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    finally:
+        # With it the processes that it has forked, if these hang.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, errors.decode()
 
 
 # With torch used in all its threads, as by a network, before the fork.
