@@ -31,7 +31,7 @@ def check(found):
 """
 
 
-def run(script, timeout=120):
+def run(script, timeout=300):
     command = [sys.executable, "-W", "ignore", "-c", USE + script]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
@@ -159,7 +159,7 @@ def killed(folder, step, signum, delay):
             assert process.stdout.readline() == "begun\n", process.stderr.read()
             time.sleep(delay)
             process.send_signal(signum)
-            process.communicate(timeout=60)
+            process.communicate(timeout=120)
         finally:
             process.kill()
     return process.returncode
@@ -167,7 +167,7 @@ def killed(folder, step, signum, delay):
 
 def once(folder):
     command = [sys.executable, "-W", "error", "-c", KILLED, folder, "once"]
-    return float(subprocess.run(command, timeout=120, check=True, capture_output=True).stdout)
+    return float(subprocess.run(command, timeout=300, check=True, capture_output=True).stdout)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

@@ -95,7 +95,7 @@ def test_nothing_runs_on_where_results_are_no_longer_asked_for():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("dfkde_sklearn_ahead")]
 
 
-def outcome(script, *, timeout=120, **environment):
+def outcome(script, *, timeout=300, **environment):
     """Run a script in a process of its own, and return what it prints."""
     command = [sys.executable, "-W", "ignore", "-c", script]
     ended = subprocess.run(
