@@ -298,7 +298,7 @@ def image_batches(
     # PIL finds its readers at the first file; two threads that look at the same moment may miss one.
     Image.init()
     n_images, n_threads = len(images), min(MAX_THREADS, os.cpu_count() or 1)
-    tensors = computed_ahead(tensor_at, range(n_images), min(n_threads, n_images), 2 * batch_size + n_threads)
+    tensors = computed_ahead(tensor_at, range(n_images), min(n_threads, n_images), batch_size + n_threads)
     # Closed as well when an image is broken or the consumer stops early: what has not begun never does.
     with (
         closing(tensors),
