@@ -29,7 +29,7 @@ from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
 from dfkde_sklearn._reduction import principal_axes, span
-from dfkde_sklearn._training import N_FOLDS, Fold, blas_threads, of_folds
+from dfkde_sklearn._training import N_FOLDS, Fold, of_folds
 
 SHAPES = [(40_000, 512), (40_000, 2048), (200, 2048), (1000, 1000)]
 DTYPES = {"float32": 1e-6, "float64": 1e-12}
@@ -109,23 +109,21 @@ def exact_axes(X: NDArray[np.float64]) -> Axes:
 
 
 def own_axes(X: NDArray[np.floating]) -> Axes:
-    with blas_threads(*X.shape):  # as the detector's fit does
-        whole = span(torch.from_numpy(X), WORKING_MEMORY)
-        axes = principal_axes(whole.rows, N_COMPONENTS, whole.noise).axes
+    whole = span(torch.from_numpy(X), WORKING_MEMORY)
+    axes = principal_axes(whole.rows, N_COMPONENTS, whole.noise).axes
     return whole.in_features(axes).numpy()
 
 
 def own_refits(X: NDArray[np.floating]) -> Axes:
     """Return the axes without the last fold, after those of all rows and without each other fold."""
-    with blas_threads(*X.shape):
-        whole = span(torch.from_numpy(X), WORKING_MEMORY)
-        scatter = whole.rows.scatter()
-        principal_axes(whole.rows, N_COMPONENTS, whole.noise, scatter)
+    whole = span(torch.from_numpy(X), WORKING_MEMORY)
+    scatter = whole.rows.scatter()
+    principal_axes(whole.rows, N_COMPONENTS, whole.noise, scatter)
 
-        def axes_of_others(fold: Fold) -> torch.Tensor:
-            return principal_axes(fold.others, N_COMPONENTS, whole.noise, fold.scatter).axes
+    def axes_of_others(fold: Fold) -> torch.Tensor:
+        return principal_axes(fold.others, N_COMPONENTS, whole.noise, fold.scatter).axes
 
-        axes = of_folds(whole.rows, axes_of_others, WORKING_MEMORY)[-1]
+    axes = of_folds(whole.rows, axes_of_others, WORKING_MEMORY)[-1]
     return whole.in_features(axes).numpy()
 
 

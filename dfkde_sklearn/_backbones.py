@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkde_sklearn._threads import Lock
+
 # Seconds to wait for the first sign of the server that has the weights.
 PROBE_SECONDS = 3.0
 # Backbones kept in memory, least recently used first; a search over layers or components needs one.
 MAX_LOADED = 4
 _loaded: OrderedDict[tuple[Any, ...], Backbone] = OrderedDict()
-_loading = threading.RLock()
+_loading = Lock(threading.RLock)
 # A user's module has one training flag and one device: threads that use it take turns.
-_borrowing = threading.RLock()
+_borrowing = Lock(threading.RLock)
 # What torch keeps in every module, weights and hooks among it: not its settings.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Under what training programs keep a state dict, and what the modules around a network put before its names.

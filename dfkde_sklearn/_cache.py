@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import threading
 import time
 import warnings
 import zlib
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dfkde_sklearn._images import Images
+from dfkde_sklearn._threads import Lock
 
 Answer = TypeVar("Answer")
 Cache = bool | str | os.PathLike[str] | None
@@ -336,7 +336,7 @@ class _Memory:
     def __init__(self) -> None:
         self._rows: OrderedDict[bytes, Row] = OrderedDict()
         self._n_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def get(self, keys: Collection[bytes]) -> Rows:
         with self._lock:

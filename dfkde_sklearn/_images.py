@@ -7,18 +7,20 @@ import heapq
 import os
 import stat
 import sys
-import threading
 import time
 import warnings
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
+
+from dfkde_sklearn._threads import Lock, computed_ahead
 
 # fmt: off
 # Pillow's own formats that it decodes by itself, the usual ones first. Not among them: EPS, for which it runs
@@ -50,7 +52,7 @@ _digests: OrderedDict[tuple[int, ...], bytes] = OrderedDict()
 # Seconds after which a file that is written to has another time of change than before.
 SETTLED = 2.0
 # A picture of the user's may stand in a list twice, and PIL reads its file at the first access.
-_READING = threading.Lock()
+_READING = Lock()
 
 ACCEPTED = (
     "Allowed: a list, 1-D array or pandas / polars column of paths, PIL images, arrays or tensors;"
@@ -447,20 +449,15 @@ def image_batches(
     # PIL finds its readers at the first file; two threads that look at the same moment may miss one.
     _formats()
     n_images, n_threads = len(images), min(MAX_THREADS, os.cpu_count() or 1)
-    ahead: deque[Future[torch.Tensor]] = deque()
-    indices = iter(range(n_images))
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="read_images")
-    try:
-        with tqdm(total=n_images, desc=description or None, unit="image", disable=not verbose) as progress:
-            for start in range(0, n_images, batch_size):
-                while len(ahead) < 2 * batch_size + n_threads and (index := next(indices, None)) is not None:
-                    ahead.append(pool.submit(tensor_at, index))
-                batch = [ahead.popleft().result() for _ in range(min(batch_size, n_images - start))]
-                yield torch.stack(batch)
-                progress.update(len(batch))
-    finally:
-        # Reached as well when an image is broken or the consumer stops early: what has not begun never does.
-        pool.shutdown(wait=True, cancel_futures=True)
+    tensors = computed_ahead(tensor_at, range(n_images), min(n_threads, n_images), batch_size + n_threads)
+    # Closed as well when an image is broken or the consumer stops early: what has not begun never does.
+    with (
+        closing(tensors),
+        tqdm(total=n_images, desc=description or None, unit="image", disable=not verbose) as progress,
+    ):
+        while batch := list(islice(tensors, batch_size)):
+            yield torch.stack(batch)
+            progress.update(len(batch))
 
 
 def _files_at(path: Path) -> list[Any]:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dfkde_sklearn._threads import Lock
+
 # On CPUs, bytes that one tensor may take in a forward pass. The C library maps large blocks of memory anew in each
 # call, from 32 MiB on at the latest, and the page faults cost more than the arithmetic: benchmarks/micro_batches.py.
 MAX_ACTIVATION_BYTES = 20 * 2**20
 # Formats kept of networks that were looked at, which a search asks for again in every fold.
 MAX_FORMATS = 64
 _formats: OrderedDict[tuple[Any, ...], tuple[list[LayerFormat], int]] = OrderedDict()
-_looking = threading.Lock()
+_looking = Lock()
 
 
 class LayersRead(Exception):  # noqa: N818 (a signal, not an error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
@@ -50,6 +51,9 @@ _ROWS_A_TILE = 64
 _NOTHING = -1e30
 
 _making = threading.Lock()  # LLVM makes one at a time
+if hasattr(os, "register_at_fork"):
+    # A process that was forked while LLVM works in another thread would wait for that thread's locks for ever.
+    os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
 
 
 def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:

@@ -3,6 +3,9 @@
 Functions of tensors. All of it runs in float64, whatever the features are: it is a small share of the work, and
 the whitening that follows divides by the smallest kept singular value. Rows are scaled by a power of two first
 (exactly), so that squares of 1e-150 or 1e150 neither underflow nor overflow.
+
+All linear algebra is torch's, whose number of threads each thread sets for itself. NumPy's and SciPy's BLAS has one
+number for the whole process: to hold it to one thread here would slow down, or race with, whatever else runs.
 """
 
 from __future__ import annotations
@@ -10,25 +13,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
-import numpy as np
-import scipy.linalg
 import torch
-from numpy.typing import NDArray
-from scipy.linalg.blas import dsymv, dsyrk
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
+
+from dfkde_sklearn._threads import on_single_core
 
 # A scatter matrix squares the condition number: singular values under 1e-5 of the largest have lost half their
 # digits in it, and are taken from a singular value decomposition of the rows instead.
 _SCATTER_LIMIT = 1e-10
-# Of narrower matrices LAPACK takes no longer than Lanczos iterations, or for all pairs no longer than for a few.
-_LANCZOS_WIDTH, _FULL_WIDTH = 384, 256
+# Of narrower matrices LAPACK takes no longer than Lanczos iterations.
+_LANCZOS_WIDTH = 384
 
-# Bytes of a block of rows that is still in the processor's cache when it is used; rows that are worth BLAS's threads.
+# Multiplications for the scatter matrix, from which on torch's threads are worth more than they hinder one another.
+_LARGE = 2**35
+# Bytes of a block of rows that is still in the processor's cache when it is used; rows that are worth several threads.
 _CACHED = 2**21
 _BLOCK_ROWS = 1024
+# Columns of a scatter matrix that are computed at once: enough for a fast product.
+_BLOCK_COLUMNS = 256
+
+_P = ParamSpec("_P")
+_Rows = TypeVar("_Rows", bound="CentredRows | Tensor")
+_Result = TypeVar("_Result")
+
+
+def _on_one_core_if_small(
+    function: Callable[Concatenate[_Rows, _P], _Result],
+) -> Callable[Concatenate[_Rows, _P], _Result]:
+    """Have a function of rows computed on one core, where these are on the CPU and more cores would not pay."""
+
+    @wraps(function)
+    def wrapper(rows: _Rows, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        X = rows.X if isinstance(rows, CentredRows) else rows
+        if X.is_cpu and X.numel() * min(X.shape) < _LARGE:
+            return on_single_core(function, rows, *args, **kwargs)
+        return function(rows, *args, **kwargs)
+
+    return wrapper
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,7 @@ class CentredRows:
         """Return the sum of the rows from `start` to `stop`, of shape (width,)."""
         return _sum((block.sum(0) for block in self.blocks(start, stop)), self.mean.new_zeros(self.width))
 
+    @_on_one_core_if_small
     def scatter(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the sum of outer products of the rows from `start` to `stop`, of shape (width, width)."""
         return _sum_of_grams(self.blocks(start, stop), self.mean.new_zeros(self.width, self.width))
@@ -155,6 +180,7 @@ def centred_rows(X: Tensor, mean: Tensor, scale: float, working_memory: int) -> 
     return CentredRows(X, mean, scale, max(1, working_memory // row_bytes))
 
 
+@_on_one_core_if_small
 def span(X: Tensor, working_memory: int) -> Span:
     """Return the centred rows of `X` on the space that they span.
 
@@ -188,6 +214,7 @@ def span(X: Tensor, working_memory: int) -> Span:
     return Span(rows.mean, basis, rotated, scale, noise)
 
 
+@_on_one_core_if_small
 def principal_axes(
     rows: CentredRows,
     n_components: int | float,
@@ -265,43 +292,69 @@ def axis_signs(axes: Tensor) -> Tensor:
 def leading_eigenpairs(symmetric: Tensor, n: int) -> EigenPairs:
     """Return the `n` largest eigenvalues of a positive semidefinite matrix, and their vectors."""
     width = len(symmetric)
-    if symmetric.device.type != "cpu":
-        eigenvalues, vectors = torch.linalg.eigh(symmetric)
-    elif n > width // 8 or width <= _FULL_WIDTH:
-        # NumPy's, during which other threads of Python run, as they do not during SciPy's.
-        eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(symmetric.numpy()))
-    else:
-        # A few of many vectors cost half of all, and very few of them less.
-        found = _lanczos(symmetric.numpy(), n) if width >= _LANCZOS_WIDTH and n <= width // 12 else None
-        if found is None:
-            found = scipy.linalg.eigh(symmetric.numpy(), driver="evr", subset_by_index=[width - n, width - 1])
-        eigenvalues, vectors = map(torch.from_numpy, found)
+    found = None
+    if symmetric.is_cpu and width >= _LANCZOS_WIDTH and n <= width // 8:
+        found = _few_eigenpairs(symmetric, n)
+    eigenvalues, vectors = torch.linalg.eigh(symmetric) if found is None else found
     return EigenPairs(eigenvalues.flip(0)[:n].clamp_min(0), vectors.flip(1)[:, :n])
 
 
-def _lanczos(symmetric: NDArray[np.float64], n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def _few_eigenpairs(symmetric: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
     """Return the `n` largest eigenvalues, increasing, and their vectors; None where not all are found for sure."""
     # The same for any run. A start without a part along some axis would never find it: as good as impossible by chance.
-    start, other_start = np.random.default_rng(0).normal(size=(2, len(symmetric)))
-
-    def times(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        return dsymv(1.0, symmetric.T, vector)  # reads one half of the matrix
-
-    def without_found(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        return times(vector) - vectors @ (eigenvalues * (vectors.T @ vector))
-
-    def operator(matvec: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> LinearOperator:
-        return LinearOperator(symmetric.shape, matvec=matvec, dtype=np.float64)
-
-    try:
-        eigenvalues, vectors = eigsh(operator(times), k=n, which="LA", v0=start)
-        # Of several equal eigenvalues the iteration may stop with some: the largest of what is left tells.
-        (left,), _ = eigsh(operator(without_found), k=1, which="LA", v0=other_start, tol=1e-3)
-    except ArpackError:  # not all converged, or there is nothing but zeros
+    generator = torch.Generator().manual_seed(0)
+    start, other_start = torch.randn(2, len(symmetric), dtype=symmetric.dtype, generator=generator)
+    found = _lanczos(lambda vector: symmetric @ vector, start, n, torch.finfo(symmetric.dtype).eps)
+    if found is None:
         return None
-    order = eigenvalues.argsort()
-    rounding = 100 * np.finfo(np.float64).eps * eigenvalues.max()
-    return (eigenvalues[order], vectors[:, order]) if left <= eigenvalues.min() + rounding else None
+    eigenvalues, vectors = found
+    # Of several equal eigenvalues the iteration may find one only: the largest of what is left tells.
+    left = _lanczos(
+        lambda vector: symmetric @ vector - vectors @ (eigenvalues * (vectors.T @ vector)), other_start, 1, 1e-3
+    )
+    if left is None:
+        return None
+    rounding = 100 * torch.finfo(symmetric.dtype).eps * eigenvalues[-1]
+    return found if left[0][0] <= eigenvalues[0] + rounding else None
+
+
+def _lanczos(
+    times: Callable[[Tensor], Tensor], start: Tensor, n: int, tolerance: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return the `n` largest eigenpairs of a symmetric operator, as far as a Krylov space of one vector has them.
+
+    Eigenvalues increase, and are right to `tolerance` times the largest. None where half as many steps as the operator
+    has dimensions do not find them.
+
+    References
+    ----------
+    .. [1] G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, 2013, section 10.3, with complete
+       reorthogonalization.
+    """
+    n_steps = len(start) // 2
+    basis = start.new_empty(n_steps + 1, len(start))
+    tridiagonal = start.new_zeros(n_steps + 1, n_steps + 1)
+    basis[0] = start / start.norm()
+    n_enough = max(2 * n, 8)
+    for j in range(n_steps):
+        size = j + 1
+        known, rest = basis[:size], times(basis[j])
+        along = known @ rest
+        rest = rest - along @ known
+        rest -= (known @ rest) @ known  # what rounding left of it
+        length = rest.norm()
+        if not length > 0:
+            return None
+        tridiagonal[j, j], tridiagonal[j + 1, j] = along[j], length
+        basis[j + 1] = rest / length
+        if size < n_enough:
+            continue
+        n_enough = size + max(4, size // 8)
+        eigenvalues, vectors = torch.linalg.eigh(tridiagonal[:size, :size])  # reads the lower half
+        eigenvalues, vectors = eigenvalues[-n:], vectors[:, -n:]
+        if float((length * vectors[-1]).abs().max()) <= tolerance * float(eigenvalues[-1].abs()):
+            return eigenvalues, known.T @ vectors
+    return None
 
 
 def _n_for_share(eigenvalues: Tensor, share: float) -> int:
@@ -315,12 +368,13 @@ def _n_for_share(eigenvalues: Tensor, share: float) -> int:
 def _sum_of_grams(blocks: Iterator[Tensor], nothing: Tensor) -> Tensor:
     if nothing.device.type != "cpu":
         return _sum((block.T @ block for block in blocks), nothing)
-    # A product of a matrix with itself is symmetric: BLAS computes one half, and adds to it in place.
-    upper = nothing.numpy().T
+    # A product of a matrix with itself is symmetric: half of it is enough.
+    width = len(nothing)
     for block in blocks:
-        upper = dsyrk(1.0, block.numpy().T, beta=1.0, c=upper, overwrite_c=1)
-    half = torch.from_numpy(upper)
-    return half.triu() + half.triu(1).T
+        for start in range(0, width, _BLOCK_COLUMNS):
+            stop = min(start + _BLOCK_COLUMNS, width)
+            nothing[:stop, start:stop].addmm_(block[:, :stop].T, block[:, start:stop])
+    return nothing.triu() + nothing.triu(1).T
 
 
 def _sum(terms: Iterator[Tensor], nothing: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
@@ -27,7 +26,7 @@ from dfkde_sklearn._reduction import (
     principal_axes,
     span,
 )
-from dfkde_sklearn._threads import one_blas_thread, run_in_turn, run_on_single_cores
+from dfkde_sklearn._threads import run_in_turn, run_on_single_cores
 
 # Measured on features of photographs, 10 folds, 20, and one a row hold the false-alarm rate equally well.
 N_FOLDS = 20
@@ -45,9 +44,8 @@ _MAX_RATIO = 2.0
 # training rows from others and nothing else. It matters where noise is alike in all directions; features of
 # photographs are not like that.
 _MIN_SIGNAL = 1.25
-# Multiplications for the scatter matrix, from which on BLAS's threads are worth more than they hinder others.
-_LARGE = 2**35
-# Multiplications for a fold's scatter matrix, under which threads of Python would only wait for one another.
+# Multiplications for a fold's scatter matrix and pairs of its rows, under which threads of Python would only wait for
+# one another.
 _SMALL_FOLD = 2**19
 # So many rows that a fit has not seen tell their variances to one or two per cent.
 _ENOUGH = 8192
@@ -158,16 +156,6 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     ValueError
         If the rows do not differ.
     """
-    with blas_threads(*X.shape):
-        return _fit(X, n_components, settings)
-
-
-def blas_threads(n: int, width: int) -> AbstractContextManager[None]:
-    """Hold BLAS to one thread while so many rows of so many columns are decomposed, where more would not pay."""
-    return one_blas_thread() if n * width * min(n, width) < _LARGE else nullcontext()
-
-
-def _fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings) -> Training:
     n, n_features = X.shape
     whole = span(X, settings.working_memory)
     scatter = whole.rows.scatter()
@@ -230,10 +218,9 @@ def of_folds(rows: CentredRows, look: Callable[[Fold], _Found], working_memory: 
 
     # The rows, the scatter matrix, its eigenvectors, and what their computation takes.
     n_at_once = working_memory // (8 * width * (n + 5 * width))
-    is_shared_out = 2 * n_at_once >= min(torch.get_num_threads(), n_folds) and n * width**2 >= _SMALL_FOLD
-    if rows.X.is_cpu and is_shared_out:
-        with one_blas_thread():
-            run_on_single_cores(n_at_once)(look_at, range(n_folds))
+    if rows.X.is_cpu and 2 * n_at_once >= min(torch.get_num_threads(), n_folds):
+        is_small = n * (width**2 + n) < _SMALL_FOLD
+        run_on_single_cores(1 if is_small else n_at_once)(look_at, range(n_folds))
     else:
         run_in_turn(look_at, range(n_folds))
     return [found[i] for i in range(n_folds)]

@@ -6,12 +6,12 @@ environment the same code runs on the CPU, slowly; so it is tested.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dfkde_sklearn._threads import Lock
 
 # Queries and rows of a tile, which the registers of so many warps hold. Counted in the machine code for sm_90, that is
 # 27 instructions a pair in float32 and 52 in float64, of which the product takes 16 and 2.
@@ -20,7 +20,7 @@ _CHUNK = 16
 # Few queries share the rows out among programs too, alike on any GPU.
 _PROGRAMS = 2048
 
-_interpreting = threading.Lock()  # the interpreter takes one kernel at a time
+_interpreting = Lock()  # the interpreter takes one kernel at a time
 
 
 def exp2_sums(q: Tensor, rows: Tensor, own: int | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Threads of one core each, and BLAS held to one thread: what runs where, and what is left behind."""
+"""Threads of one core each: what runs where, what is left behind, and what holds where threads cannot be had."""
 
 import os
 import subprocess
@@ -7,9 +7,8 @@ import threading
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info
 
-from dfkde_sklearn._threads import one_blas_thread, run_on_single_cores
+from dfkde_sklearn._threads import computed_ahead, on_single_core, run_on_single_cores
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -67,32 +66,139 @@ def test_an_error_ends_the_run_and_not_the_threads(n_threads):
     assert done[-1] == -1
 
 
-def blas_threads():
-    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+def test_what_is_computed_on_one_core_comes_back_or_raises(n_threads):
+    assert on_single_core(lambda x: (x, torch.get_num_threads()), 5) == (5, 1)
+    assert on_single_core(on_single_core, torch.get_num_threads) == 1
+    with pytest.raises(ZeroDivisionError):
+        on_single_core(divmod, 1, 0)
+    assert torch.get_num_threads() == n_threads
 
 
-def test_blas_has_its_threads_back_after_the_last_that_asks():
-    before = blas_threads()
-    with one_blas_thread():
-        with one_blas_thread():
-            assert blas_threads() == {1}
-        assert blas_threads() == {1}
-    assert blas_threads() == before
+def test_results_computed_ahead_come_in_order_and_end_with_the_first_error():
+    begun = []
+
+    def reciprocal(i):
+        begun.append(i)
+        return 1 / (20 - i)
+
+    results = computed_ahead(reciprocal, range(100), n_threads=3, n_ahead=5)
+    assert [next(results) for _ in range(20)] == [1 / (20 - i) for i in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert max(begun) <= 25
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_process_has_threads_of_its_own():
-    script = """
-import os, torch
-from dfkde_sklearn._threads import run_on_single_cores
-found = []
-run_on_single_cores(1)(found.append, [1])
-child = os.fork()
-if child == 0:
-    run_on_single_cores(1)(found.append, [2])
-    os._exit(0 if found == [1, 2] else 1)
-assert os.waitpid(child, 0)[1] == 0
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_nothing_runs_on_where_results_are_no_longer_asked_for():
+    results = computed_ahead(lambda i: i, range(10), n_threads=3, n_ahead=2)
+    next(results)
+    results.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("dfkde_sklearn_ahead")]
+
+
+def outcome(script, *, timeout=300, **environment):
+    """Run a script in a process of its own, and return what it prints."""
     command = [sys.executable, "-W", "ignore", "-c", script]
-    assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == 0
+    ended = subprocess.run(
+        command, env=os.environ | environment, timeout=timeout, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.split()
+
+
+def test_fits_side_by_side_leave_blas_its_threads():
+    script = """
+import threading, numpy as np, scipy.linalg, threadpoolctl
+from dfkde_sklearn import DFKDEDetector
+X = np.random.default_rng(0).normal(size=(300, 40))
+
+def numbers():
+    libraries = threadpoolctl.threadpool_info()
+    return sorted(library["num_threads"] for library in libraries if library["user_api"] == "blas")
+
+before = numbers()
+seen = []
+for n in (None, 1):
+    with threadpoolctl.threadpool_limits(n):
+        limited = numbers()
+        fits = [threading.Thread(target=DFKDEDetector(n_components=8).fit, args=(X,)) for _ in range(3)]
+        for fit in fits:
+            fit.start()
+        while any(fit.is_alive() for fit in fits):
+            seen.append(numbers() == limited)
+        for fit in fits:
+            fit.join()
+print(before[-1], all(seen), numbers() == before)
+"""
+    assert outcome(script, OPENBLAS_NUM_THREADS="2", OMP_NUM_THREADS="2")[1:] == ["True", "True"]
+
+
+USE = """
+import numpy as np, threading, torch
+from PIL import Image
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures
+X = np.random.default_rng(0).normal(size=(1200, 30))
+images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+
+def use():
+    detector = DFKDEDetector(n_components=8).fit(X)
+    rows = ScatteringFeatures(scales=2, image_size=32).fit_transform(images)
+    return [float(detector.score_samples(X).sum()), float(np.sum(rows))]
+"""
+
+
+@pytest.mark.parametrize("failing", ["[0]", "[1]", "[2]", "[3]", "range(1000)"])
+def test_threads_that_cannot_be_started_are_done_without(failing):
+    script = f"""
+{USE}
+start, n_started = threading.Thread.start, 0
+
+def start_or_fail(thread):
+    global n_started
+    n_started += 1
+    if n_started - 1 in {failing}:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = start_or_fail
+found = use()
+threading.Thread.start = start
+expected = use()
+others = []
+thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+thread.start()
+thread.join()
+print(np.allclose(found, expected, rtol=1e-9), others == [2], torch.get_num_threads() == 2)
+"""
+    assert outcome(script, OMP_NUM_THREADS="2") == ["True"] * 3
+
+
+@pytest.mark.parametrize("before", ["use()", "None"], ids=["used before", "not used before"])
+def test_scores_do_not_need_the_main_thread(before):
+    script = f"""
+{USE}
+{before}
+
+def later():
+    threading.main_thread().join()
+    print(len(use()))
+
+threading.Thread(target=later).start()
+"""
+    assert outcome(script, OMP_NUM_THREADS="2") == ["2"]
+
+
+def test_a_process_ends_while_a_daemon_of_it_scores():
+    script = f"""
+{USE}
+begun = threading.Event()
+
+def score_for_ever():
+    detector = DFKDEDetector(n_components=8).fit(X)
+    while True:
+        detector.score_samples(X)
+        begun.set()
+
+threading.Thread(target=score_for_ever, daemon=True).start()
+begun.wait()
+"""
+    assert outcome(script, OMP_NUM_THREADS="2") == []
