@@ -86,7 +86,7 @@ LAYER_SETS: dict[str, list[str]] = {
 }
 RECOMMENDED = "`blocks.4` + `blocks.5` + scattering"
 # What is claimed of auto and box: the least AUROC on RECOMMENDED, and the bounds of the mean false-alarm rate.
-LEAST_AUROC = {"tiles": 0.78, "elpv": 0.90}
+LEAST_AUROC = {"tiles": 0.80, "elpv": 0.90}
 ALARMS = {"tiles": (0.02, 0.12), "elpv": (0.02, 0.09)}
 
 
@@ -104,6 +104,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*training rows cannot be scored by a fit without them")
     print_versions("pyod", "timm")
     claims: dict[str, bool] = {}
+    n_threads = torch.get_num_threads()
     # Matrices as small as these are done sooner by one thread, and much sooner where other work runs beside.
     if options.mvtec:
         rows = load_categories(options.mvtec)
@@ -116,7 +117,7 @@ def main() -> None:
         folder = getattr(options, name)
         if folder is None:
             continue
-        torch.set_num_threads(2)
+        torch.set_num_threads(n_threads)
         images = load_images(folder)
         columns = columns_by_layer(images, options.weights)
         torch.set_num_threads(1)
@@ -380,7 +381,7 @@ def tiles_with_labels(images: ImageSet, columns: Mapping[str, Matrix], n_seeds: 
     )
     print(f"AUROC {found:.3f}, 95 % interval [{low:.3f}, {high:.3f}] over seeds and folds. Chosen:\n")
     print_table("setting", {name: {"times": float(chosen.count(name))} for name in sorted(set(chosen))})
-    return {f"tiles, nested search with labels: {found:.3f} [{low:.3f}, {high:.3f}], at least 0.80": found >= 0.80}
+    return {f"tiles, nested search with labels: {found:.3f} [{low:.3f}, {high:.3f}], at least 0.75": found >= 0.75}
 
 
 def taken(X: Matrix, columns: NDArray[np.int64]) -> Matrix:

@@ -53,7 +53,6 @@ def main() -> None:
     start = time.perf_counter()
     warnings.filterwarnings("ignore", message=".*training rows cannot be scored by a fit without them")
     print_versions("timm")
-    torch.set_num_threads(2)
     images = load_images(options.tiles)
     columns, is_train, is_defect = columns_by_layer(images, options.weights), images.is_train, images.is_defect
     mvtec = load_categories(options.mvtec)
