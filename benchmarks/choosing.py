@@ -46,7 +46,8 @@ def main() -> None:
     print_versions("timm")
     images = load_images(options.tiles)
     X, y, groups = images.paths, images.is_defect.astype(int), images.groups
-    folds, outer = (StratifiedGroupKFold(5, shuffle=True, random_state=seed) for seed in (0, 1))
+    n_folds = 2 if options.quick else 5
+    folds, outer = (StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed) for seed in (0, 1))
 
     backbone = mobilenet(options.weights, crop_mode="squash", crop_pct=1.0)
     TimmFeatures(backbone, layers=LAYERS, cache=True).fit_transform(X)
@@ -68,7 +69,7 @@ def main() -> None:
     print_heading(
         f"Magnetic tiles: {int((y == 0).sum())} good images, {int(y.sum())} defective",
         "--tiles FOLDER --weights FILE",
-        f"Mean AUROC over five folds, by tile, with n_components {', '.join(map(str, N_COMPONENTS))}.",
+        f"Mean AUROC over {n_folds} folds, by tile, with n_components {', '.join(map(str, N_COMPONENTS))}.",
     )
     cells = {
         layer: {
@@ -93,7 +94,7 @@ def main() -> None:
         without_labels = GridSearchCV(
             DFKDEDetector(TimmFeatures(backbone, layers=[layer], cache=True)),
             {"n_components": MORE_COMPONENTS},
-            cv=GroupKFold(5),
+            cv=GroupKFold(n_folds),
             error_score="raise",
         )
         chosen[layer] = without_labels.fit(X[good], groups=groups[good]).best_params_["n_components"]
