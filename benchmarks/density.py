@@ -427,7 +427,7 @@ def main() -> None:
     found = sweeps(claims, max(1, rounds // 2), slow_pairs, pairs)
     small_calls(claims, rounds)
     leave_one_out_and_bandwidth(claims, of_scipy, rounds, 4000 if options.quick else N)
-    memory(claims, 1000 if options.quick else N, 1_000_000)
+    memory(claims, *((1000, 100_000) if options.quick else (N, 1_000_000)))
     if options.plot:
         plot(found, options.plot)
     print("\nClaims\n")

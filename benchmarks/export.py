@@ -1,10 +1,12 @@
 """What an exported detector costs: sizes, time to export, time an image; the table of docs/guide/deployment.rst.
 
     python benchmarks/export.py
+    python benchmarks/export.py --quick
 
 Needs the extra `onnx` and onnxruntime. The weights are random: they decide no size and no time.
 """
 
+import argparse
 import tempfile
 import time
 from functools import partial
@@ -40,16 +42,20 @@ def session(path):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small network and small images: shows that it runs")
+    quick = parser.parse_args().quick
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (40, 240, 320, 3), dtype=np.uint8)
-    stage = TimmFeatures("resnet18", pretrained=False, random_state=0, device="cpu")
+    backbone, shapes = ("test_resnet", [(48, 64)]) if quick else ("resnet18", [(240, 320), (1080, 1920)])
+    images = rng.integers(0, 256, (40, *shapes[0], 3), dtype=np.uint8)
+    stage = TimmFeatures(backbone, pretrained=False, random_state=0, device="cpu")
     detector = DFKDEDetector(stage, device="cpu").fit(images)
     print("One core, batches of 1, the least of five.\n")
     print("| file | size | time to export | time an image |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "detector.onnx"
-        for shape in (None, (240, 320), (1080, 1920)):
+        for shape in (None, *shapes):
             export = seconds(partial(detector.to_onnx, path, image_shape=shape))
             one = detector.to_torch().read_images(images[:1]).numpy() if shape is None else None
             one = rng.integers(0, 256, (1, *shape, 3), dtype=np.uint8) if one is None else one

@@ -44,8 +44,12 @@ Axes = NDArray[np.floating]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all solvers (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="only the two small shapes, and no claims")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of the small shapes, and no claims: shows that it runs"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.rounds = 1
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "scikit-learn", "numpy", "scipy"))
     print(f"{packages}; {torch.get_num_threads()} threads, {N_COMPONENTS} components; milliseconds (error)\n")
     print(f"| rows x columns | dtype | this library | {' | '.join(SOLVERS)} | fastest equal / this library |")

@@ -1,18 +1,23 @@
 """Detection quality of DFKDE without labels, with few rows, with dirty rows, and with labels, beside other detectors.
 
-    python benchmarks/quality.py --tiles FOLDER --weights FILE --mvtec FOLDER
+    python benchmarks/quality.py --mvtec FOLDER --tiles FOLDER --elpv FOLDER --weights FILE
+    python benchmarks/quality.py --quick
 
 The folders and the file are those of `real_data.py`, which see. Prints tables in markdown with confidence intervals,
 and then the claims, asserted. Needs PyOD for two of the other detectors (``pip install ".[benchmark]"``).
+
+Each magnetic tile was photographed several times. All splits of the tiles are by tile: where photographs of one tile
+are on both sides, the figures tell of memory. The threshold of the detector is cross-fitted in runs of consecutive
+rows, so that rows of one tile, which are adjacent here, share a run, but for those at the ends of the runs.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +25,23 @@ from numpy.typing import NDArray
 from pyod.models.ecod import ECOD
 from pyod.models.kde import KDE
 from real_data import (
+    AUTO,
+    AUTO_AND_BOX,
     LAYERS,
+    SIXTEEN,
     TRAINING_ROWS,
+    ImageSet,
     Matrix,
     Table,
     auroc,
     check_claims,
     collected,
-    image_interval,
+    group_interval,
+    group_splits,
     interval,
-    load_rows,
+    ledoit_wolf_scores,
+    load_categories,
+    load_images,
     mobilenet,
     parsed_options,
     print_heading,
@@ -37,30 +49,25 @@ from real_data import (
     print_versions,
     split,
 )
-from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import OneClassSVM
 from threadpoolctl import threadpool_limits
 
 from dfkde_sklearn import AnomalyClassifier, DFKDEDetector, ScatteringFeatures, TimmFeatures
-from dfkde_sklearn.datasets import load_mvtec_folder
 
-FIXED: dict[str, Any] = {}  # the defaults: 16 components, Scott's bandwidth
-AUTO = {"n_components": "auto"}
-SMALL = {"n_components": "auto", "residual": "box"}
 DETECTORS: dict[str, Mapping[str, Any]] = {
-    "DFKDE, defaults": FIXED,
-    "DFKDE, 64": {"n_components": 64},
+    "DFKDE, 16": SIXTEEN,
+    "DFKDE, 64": {"n_components": 64, "residual": None},
     "DFKDE, auto": AUTO,
-    "DFKDE, auto and box": SMALL,
+    "DFKDE, auto and box": AUTO_AND_BOX,
 }
 Scores = NDArray[np.floating]
 
-OTHERS = ("Ledoit-Wolf", "1-NN", "LOF", "IsolationForest", "OneClassSVM", "PyOD KDE", "PyOD ECOD")
+TARGET_FPR = 0.05
 SIZES = (20, 40, 60, 100)
 SHARES = (0.01, 0.05, 0.10, 0.20)
 WAVES = "scattering"
@@ -69,6 +76,7 @@ LAYER_SETS: dict[str, list[str]] = {
     "pooled head": ["global_pool"],
     "`blocks.4`": ["blocks.4"],
     CROPPED: [CROPPED],
+    "`blocks.2` + `blocks.4`": ["blocks.2", "blocks.4"],
     "`blocks.4` + `blocks.5`": ["blocks.4", "blocks.5"],
     "`blocks.2` + `blocks.4` + `blocks.6`": ["blocks.2", "blocks.4", "blocks.6"],
     "scattering": [WAVES],
@@ -77,30 +85,47 @@ LAYER_SETS: dict[str, list[str]] = {
     "`blocks.1` to `blocks.6` + scattering": [*LAYERS[:-1], WAVES],
 }
 RECOMMENDED = "`blocks.4` + `blocks.5` + scattering"
+# What is claimed of auto and box: the least AUROC on RECOMMENDED, and the bounds of the mean false-alarm rate.
+LEAST_AUROC = {"tiles": 0.80, "elpv": 0.90}
+ALARMS = {"tiles": (0.02, 0.12), "elpv": (0.02, 0.09)}
+
+
+class Figures(NamedTuple):
+    """The AUROC, and the shares of new normal and of anomalous rows that are called anomalous at `TARGET_FPR`."""
+
+    auroc: float
+    alarms: float
+    found: float
 
 
 def main() -> None:
-    options = parsed_options(__doc__, "tiles", "weights", "mvtec")
+    options = parsed_options(__doc__, "mvtec", "tiles", "elpv", "weights")
     start = time.perf_counter()
     warnings.filterwarnings("ignore", message=".*training rows cannot be scored by a fit without them")
     print_versions("pyod", "timm")
     claims: dict[str, bool] = {}
+    n_threads = torch.get_num_threads()
     # Matrices as small as these are done sooner by one thread, and much sooner where other work runs beside.
     if options.mvtec:
-        rows = {name: load_rows(options.mvtec / f"{name}.npz") for name in TRAINING_ROWS}
+        rows = load_categories(options.mvtec)
         torch.set_num_threads(1)
         with threadpool_limits(1):
             claims |= without_labels(rows, options.seeds)
             claims |= with_few_rows(rows, options.seeds)
             claims |= with_dirty_rows(rows, options.seeds)
-    if options.tiles and options.weights:
-        torch.set_num_threads(2)
-        columns, is_defect, n_train = tile_columns(options.tiles, options.weights)
+    for name, title in (("tiles", "Magnetic tiles"), ("elpv", "Solar cells")):
+        folder = getattr(options, name)
+        if folder is None:
+            continue
+        torch.set_num_threads(n_threads)
+        images = load_images(folder)
+        columns = columns_by_layer(images, options.weights)
         torch.set_num_threads(1)
         with threadpool_limits(1):
-            claims |= tiles_without_labels(columns, is_defect, n_train, options.seeds)
-            claims |= tiles_with_labels(columns, is_defect, n_train, options.seeds)
-    check_claims(claims, time.perf_counter() - start)
+            claims |= images_without_labels(name, title, images, columns, options.seeds)
+            if name == "tiles":
+                claims |= tiles_with_labels(images, columns, options.seeds, n_folds=2 if options.quick else 5)
+    check_claims(claims, time.perf_counter() - start, quick=options.quick)
 
 
 # MVTec AD
@@ -111,7 +136,7 @@ def without_labels(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> d
 
     def aurocs(category: str, seed: int) -> dict[str, float]:
         train, normal = split(rows[category][0], TRAINING_ROWS[category], seed)
-        scores = dfkde_scores(train, normal, rows[category][1]) | rival_scores(train, normal, rows[category][1], seed)
+        scores = dfkde_scores(train, normal, rows[category][1]) | rival_scores(train, normal, rows[category][1])
         return {name: auroc(*values) for name, values in scores.items()}
 
     table = collected(rows, n_seeds, aurocs)
@@ -125,15 +150,15 @@ def without_labels(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> d
     print("\nBy category:\n")
     categories = {f"{name} ({TRAINING_ROWS[name]})": i for i, name in enumerate(rows)}
     print_table("category", {name: {k: v[i].mean() for k, v in table.items()} for name, i in categories.items()})
-    gain, low, _ = interval(table["DFKDE, auto"] - table["DFKDE, defaults"])
+    gain, low, _ = interval(table["DFKDE, auto"] - table["DFKDE, 16"])
     claims = {
         f"MVTec AD, auto is at least 0.03 above the defaults ({gain:+.3f}, 95 % interval above {low:+.3f})": gain
         >= 0.03
     }
-    for other in OTHERS:
+    for other in RIVALS:
         ahead = float(np.mean(table["DFKDE, auto"] - table[other]))
         claims[f"MVTec AD, auto is ahead of {other} ({ahead:+.3f})"] = ahead > 0
-    worst = float((table["DFKDE, auto"] - table["DFKDE, defaults"]).mean(1).min())
+    worst = float((table["DFKDE, auto"] - table["DFKDE, 16"]).mean(1).min())
     claims[f"MVTec AD, auto is nowhere more than 0.02 below the defaults (worst category {worst:+.3f})"] = worst > -0.02
     return claims
 
@@ -147,7 +172,7 @@ def with_few_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> di
             train, normal = split(rows[category][0], n, seed)
             fitted = {name: DFKDEDetector(features=None, **setting).fit(train) for name, setting in DETECTORS.items()}
             scores = dfkde_scores(train, normal, rows[category][1], fitted)
-            scores |= rival_scores(train, normal, rows[category][1], seed)
+            scores |= rival_scores(train, normal, rows[category][1])
             alarms = {f"{name}: alarms": np.mean(found.predict(normal) < 0) for name, found in fitted.items()}
             return {name: auroc(*values) for name, values in scores.items()} | alarms
 
@@ -155,13 +180,14 @@ def with_few_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> di
     print_heading(
         "MVTec AD, ResNet-18 features: few training rows",
         "--mvtec FOLDER",
-        f"N normal rows, drawn at random, for training, all others for the test; mean AUROC of 8 categories and "
-        f"{n_seeds} seeds, and in the last columns the share of new normal rows called anomalous at target_fpr=0.05.",
+        f"N normal rows, drawn at random, for training, all others for the test; mean AUROC of {len(rows)} "
+        f"categories and {n_seeds} seeds, and in the last columns the share of new normal rows called anomalous at "
+        "target_fpr=0.05.",
     )
     print_table("rows", {n: {name: values.mean() for name, values in table.items()} for n, table in tables.items()})
     claims = {}
     for n, table in tables.items():
-        best = max(OTHERS, key=lambda name: table[name].mean())
+        best = max(RIVALS, key=lambda name: table[name].mean())
         ahead = float(np.mean(table["DFKDE, auto and box"] - table[best]))
         claim = f"MVTec AD, {n}: auto and box is at most 0.005 behind the best of the others ({best}, {ahead:+.3f})"
         claims[claim] = ahead > -0.005
@@ -189,11 +215,11 @@ def with_dirty_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> 
                 "given": AUTO | {"contamination": share},
                 "given half": AUTO | {"contamination": share / 2},
                 "given double": AUTO | {"contamination": 2 * share},
-                "defaults, not given": FIXED,
-                "defaults, given": {"contamination": share},
+                "16, not given": SIXTEEN,
+                "16, given": SIXTEEN | {"contamination": share},
             }
             fitted = {name: DFKDEDetector(features=None, **setting).fit(train) for name, setting in settings.items()}
-            scores = dfkde_scores(train, test, anomalies, fitted) | rival_scores(train, test, anomalies, seed)
+            scores = dfkde_scores(train, test, anomalies, fitted) | rival_scores(train, test, anomalies)
             rates = {f"alarms {name}": np.mean(found.predict(test) < 0) for name, found in fitted.items()}
             rates |= {f"found {name}": np.mean(found.predict(anomalies) < 0) for name, found in fitted.items()}
             return {name: auroc(*values) for name, values in scores.items()} | rates
@@ -202,14 +228,14 @@ def with_dirty_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> 
         of_alarms = {name.removeprefix("alarms "): value for name, value in means.items() if name.startswith("alarms ")}
         of_found = {name.removeprefix("found "): value for name, value in means.items() if name.startswith("found ")}
         alarms[f"{share:.0%}"], found_shares[f"{share:.0%}"] = of_alarms, of_found
-        aurocs[f"{share:.0%}"] = {name: means[name] for name in (*of_alarms, *OTHERS)}
+        aurocs[f"{share:.0%}"] = {name: means[name] for name in (*of_alarms, *RIVALS)}
     print_heading(
         "MVTec AD, ResNet-18 features: anomalies among the training rows",
         "--mvtec FOLDER",
         "As many training rows as MVTec AD has, fewer where that takes more than half of the anomalies; a share of "
-        f"them is anomalous, unlabelled; all other rows for the test. Means of 8 categories and {n_seeds} seeds. DFKDE "
-        "with n_components='auto' and contamination not given, given, and wrong by a factor of two; and with the "
-        "defaults. AUROC:",
+        f"them is anomalous, unlabelled; all other rows for the test. Means of {len(rows)} categories and {n_seeds} "
+        "seeds. DFKDE with n_components='auto' and contamination not given, given, and wrong by a factor of two; and "
+        "with 16 components. AUROC:",
     )
     print_table("share", aurocs)
     print("\nThe share of new normal rows called anomalous (target_fpr=0.05 where contamination is not given):\n")
@@ -218,7 +244,7 @@ def with_dirty_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> 
     print_table("share", found_shares)
     claims = {}
     for share in list(aurocs)[:3]:
-        best = max(OTHERS, key=lambda name: aurocs[share][name])
+        best = max(RIVALS, key=lambda name: aurocs[share][name])
         ahead = aurocs[share]["not given"] - aurocs[share][best]
         claims[f"MVTec AD, {share} anomalies: auto is ahead of all others (of {best} by {ahead:.3f})"] = ahead > 0
     for share in list(aurocs)[1:]:
@@ -228,63 +254,84 @@ def with_dirty_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> 
     return claims
 
 
-# Magnetic tiles
+# Images
 
 
-def tile_columns(folder: Path, weights: Path) -> tuple[dict[str, Matrix], NDArray[np.bool_], int]:
-    """Return the features of all images by layer, which images have a defect, and how many train as foldered."""
-    data = load_mvtec_folder(folder)
-    images = [*data.X_train, *data.X_test]
+def columns_by_layer(images: ImageSet, weights: Path) -> dict[str, Matrix]:
+    """Return the features of all images by layer."""
+    paths = images.paths.tolist()
     network = TimmFeatures(mobilenet(weights, crop_mode="squash", crop_pct=1.0), layers=LAYERS)
-    found = network.fit_transform(images)
+    found = network.fit_transform(paths)
     of_layer = np.repeat(LAYERS, network.layer_widths_)
     columns = {layer: found[:, of_layer == layer] for layer in LAYERS}
-    columns[CROPPED] = TimmFeatures(mobilenet(weights), layers="blocks.4").fit_transform(images)
-    columns[WAVES] = ScatteringFeatures().fit_transform(images)
-    return columns, np.r_[np.zeros(len(data.X_train)), data.y_test] == 1, len(data.X_train)
+    columns[CROPPED] = TimmFeatures(mobilenet(weights), layers="blocks.4").fit_transform(paths)
+    columns[WAVES] = ScatteringFeatures().fit_transform(paths)
+    return columns
 
 
-def tiles_without_labels(
-    columns: Mapping[str, Matrix], is_defect: NDArray[np.bool_], n_train: int, n_seeds: int
+def images_without_labels(
+    option: str, title: str, images: ImageSet, columns: Mapping[str, Matrix], n_seeds: int
 ) -> dict[str, bool]:
-    """Print the AUROC of label-free settings on each set of layers; return the claims."""
-    names = [*DETECTORS, "Ledoit-Wolf", "1-NN"]
-    figures: dict[str, dict[str, float]] = {}
-    recommended: list[tuple[float, float, float]] = []
+    """Print AUROC, false alarms and share of defects found on each set of layers; return the claims."""
+    splits = group_splits(images, n_seeds)
+    of_folders: dict[str, dict[str, Figures]] = {}
+    at_random: dict[str, dict[str, Figures]] = {}
+    ways: dict[str, Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]] = {
+        **{name: dfkde_figures(setting) for name, setting in DETECTORS.items()},
+        **{name: rival_figures(RIVALS[name]) for name in ("Ledoit-Wolf", "1-NN")},
+    }
+    claims: dict[str, bool] = {}
     for name, layers in LAYER_SETS.items():
         X = np.concatenate([columns[layer] for layer in layers], axis=1)
-        normal, anomalous = X[~is_defect], X[is_defect]
-        splits = [(normal[:n_train], normal[n_train:])] + [split(normal, n_train, seed) for seed in range(n_seeds)]
-        runs = []
-        for seed, (train, test) in enumerate(splits):
-            scores = dfkde_scores(train, test, anomalous) | rival_scores(train, test, anomalous, seed)
-            runs.append({detector: auroc(*scores[detector]) for detector in names})
-            if name == RECOMMENDED and seed == 0:
-                recommended.append(image_interval(*scores["DFKDE, auto"]))
-        at_random = {detector: np.array([[run[detector] for run in runs[1:]]]) for detector in names}
-        if name == RECOMMENDED:
-            recommended.append(interval(at_random["DFKDE, auto"]))
-        row = {f"{detector} (folders)": runs[0][detector] for detector in names}
-        figures[f"{name} ({X.shape[1]})"] = row | {f"{d} (random)": v.mean() for d, v in at_random.items()}
+        row = f"{name} ({X.shape[1]})"
+        of_folders[row], at_random[row] = {}, {}
+        for detector, way in ways.items():
+            runs = [way(X[train], X[test], X[images.is_defect]) for train, test in splits]
+            of_folders[row][detector] = runs[0][0]
+            at_random[row][detector] = Figures(*np.mean([figures for figures, _ in runs[1:]], axis=0).tolist())
+            if name == RECOMMENDED and detector == "DFKDE, auto and box":
+                groups = images.groups[splits[0][1]], images.groups[images.is_defect]
+                found, low, high = group_interval(runs[0][1], groups)
+                what = f"{option}, {name}, auto and box, folders: {found:.3f} [{low:.3f}, {high:.3f}]"
+                claims[f"{what}, at least {LEAST_AUROC[option]}"] = found >= LEAST_AUROC[option]
+    n_groups = len(np.unique(images.groups[~images.is_defect]))
+    n_train = len(np.unique(images.groups[images.is_train]))
     print_heading(
-        "Magnetic tiles: image AUROC without labels",
-        "--tiles FOLDER --weights FILE",
+        f"{title}: image AUROC / false alarms / found, without labels",
+        f"--{option} FOLDER --weights FILE",
+        f"{int((~images.is_defect).sum())} normal images of {n_groups} groups (what one group shows is one part) and "
+        f"{int(images.is_defect.sum())} defective ones of {len(np.unique(images.groups[images.is_defect]))}. "
         "MobileNetV2 on whole images, squashed to 224 x 224 (centre crop: on what timm's own preprocessing leaves of "
-        "them), layers averaged over positions, and `ScatteringFeatures`, "
-        f"side by side as they are. (folders): trained on the {n_train} images of train/good, tested on test/. "
-        f"(random): mean of {n_seeds} seeds, {n_train} of the normal images drawn at random for training.",
+        "them), layers averaged over positions, and `ScatteringFeatures`, side by side as they are. False alarms: the "
+        f"share of normal test images called anomalous at target_fpr={TARGET_FPR}; found: that of defective ones. "
+        "Images of one group are adjacent, so that a group mostly falls into one of the detector's 20 folds. "
+        "Ledoit-Wolf and 1-NN have a threshold from the same folds.",
     )
-    print_table("features", figures)
-    claims = {}
-    for of, (found, low, high) in zip(("folders", "random splits"), recommended, strict=True):
-        claim = f"tiles, {RECOMMENDED}, auto, without labels, {of}: {found:.3f} [{low:.3f}, {high:.3f}], at least 0.92"
-        claims[claim] = found >= 0.92
+    print(f"Trained on the {int(images.is_train.sum())} images of train/good, tested on test/:\n")
+    print_table("features", with_cells(of_folders))
+    print(f"\nTrained on {n_train} groups of normal images drawn at random, mean of {n_seeds} seeds:\n")
+    print_table("features", with_cells(at_random))
+    boxes = {row: figures["DFKDE, auto and box"] for row, figures in at_random.items()}
+    alarms = float(np.mean([figures.alarms for figures in boxes.values()]))
+    low, high = ALARMS[option]
+    claims[f"{option}, auto and box: mean false alarms {alarms:.3f}, in [{low}, {high}]"] = low <= alarms <= high
+    best = {name: max(figures[name].auroc for figures in at_random.values()) for name in ways}
+    rival = max(("Ledoit-Wolf", "1-NN"), key=lambda name: best[name])
+    ahead = best["DFKDE, auto and box"] - best[rival]
+    claims[f"{option}, auto and box: on its best features at most 0.01 behind {rival} on its own ({ahead:+.3f})"] = (
+        ahead >= -0.01
+    )
     return claims
 
 
-def tiles_with_labels(
-    columns: Mapping[str, Matrix], is_defect: NDArray[np.bool_], n_train: int, n_seeds: int
-) -> dict[str, bool]:
+def with_cells(rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, dict[str, str]]:
+    return {
+        row: {name: f"{found.auroc:.3f} / {found.alarms:.2f} / {found.found:.2f}" for name, found in of.items()}
+        for row, of in rows.items()
+    }
+
+
+def tiles_with_labels(images: ImageSet, columns: Mapping[str, Matrix], n_seeds: int, n_folds: int) -> dict[str, bool]:
     """Print the AUROC of a search with labels, nested; return the claim."""
     names = list(columns)
     widths = np.cumsum([0] + [columns[name].shape[1] for name in names])
@@ -299,21 +346,26 @@ def tiles_with_labels(
         "detector__n_components": [32, "auto"],
     }
     by_columns = {pick.tobytes(): name for name, pick in picks.items()}
-    test = np.arange(n_train, len(X))
+    y, groups = images.is_defect.astype(int), images.groups
+    test = np.flatnonzero(~images.is_train)
     means, chosen = [], []
     for seed in range(n_seeds):
         figures: list[float] = []
-        for labelled, held_out in StratifiedKFold(5, shuffle=True, random_state=seed).split(test, is_defect[test]):
-            train = np.concatenate([np.arange(n_train), test[labelled]])
+        outer = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+        for labelled, held_out in outer.split(test, y[test], groups[test]):
+            train = np.sort(np.concatenate([np.flatnonzero(images.is_train), test[labelled]]))
+            detector = DFKDEDetector(
+                FunctionTransformer(taken, kw_args={"columns": picks["`blocks.4`"]}), residual="box"
+            )
             search = GridSearchCV(
-                AnomalyClassifier(DFKDEDetector(FunctionTransformer(taken, kw_args={"columns": picks["`blocks.4`"]}))),
+                AnomalyClassifier(detector),
                 grid,
                 scoring="roc_auc",
-                cv=StratifiedKFold(3, shuffle=True, random_state=seed),
+                cv=StratifiedGroupKFold(3, shuffle=True, random_state=seed),
                 error_score="raise",
-            ).fit(X[train], is_defect[train].astype(int))
+            ).fit(X[train], y[train], groups=groups[train])
             scores = search.decision_function(X[test[held_out]])
-            figures.append(roc_auc_score(is_defect[test[held_out]], scores))
+            figures.append(roc_auc_score(y[test[held_out]], scores))
             best = search.best_params_
             columns_name = by_columns[best["detector__features__kw_args"]["columns"].tobytes()]
             chosen.append(f"{columns_name}, {best['detector__n_components']}")
@@ -322,13 +374,14 @@ def tiles_with_labels(
     print_heading(
         "Magnetic tiles: image AUROC of a search with labels, nested",
         "--tiles FOLDER --weights FILE",
-        f"The images of test/ are cut into 5 stratified folds, {n_seeds} times. For each fold a `GridSearchCV` over "
-        f"{len(picks)} sets of layers and n_components 32 and 'auto' sees train/good and the other four folds with "
-        "their labels (3 inner folds), refits, and ranks the images of the fold, which it has not seen.",
+        f"The images of test/ are cut into {n_folds} folds, stratified and by tile, {n_seeds} times. For each fold a "
+        f"`GridSearchCV` over {len(picks)} sets of layers and n_components 32 and 'auto', with residual='box', sees "
+        "train/good and the other folds with their labels (3 inner folds, by tile), refits, and ranks the images "
+        "of the fold, whose tiles it has not seen.",
     )
     print(f"AUROC {found:.3f}, 95 % interval [{low:.3f}, {high:.3f}] over seeds and folds. Chosen:\n")
     print_table("setting", {name: {"times": float(chosen.count(name))} for name in sorted(set(chosen))})
-    return {f"tiles, nested search with labels: {found:.3f} [{low:.3f}, {high:.3f}], at least 0.94": found >= 0.94}
+    return {f"tiles, nested search with labels: {found:.3f} [{low:.3f}, {high:.3f}], at least 0.75": found >= 0.75}
 
 
 def taken(X: Matrix, columns: NDArray[np.int64]) -> Matrix:
@@ -346,23 +399,59 @@ def dfkde_scores(
     return {name: (-found.score_samples(normal), -found.score_samples(anomalous)) for name, found in fitted.items()}
 
 
-def rival_scores(train: Matrix, normal: Matrix, anomalous: Matrix, seed: int) -> dict[str, tuple[Scores, Scores]]:
+def dfkde_figures(
+    setting: Mapping[str, Any],
+) -> Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]:
+    def figures(train: Matrix, normal: Matrix, anomalous: Matrix) -> tuple[Figures, tuple[Scores, Scores]]:
+        detector = DFKDEDetector(features=None, target_fpr=TARGET_FPR, **setting).fit(train)
+        scores = -detector.score_samples(normal), -detector.score_samples(anomalous)
+        return at_threshold(scores, -detector.offset_), scores
+
+    return figures
+
+
+def rival_figures(
+    score: Rival,
+) -> Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]:
+    """Return what gives a rival a threshold as the detector has it, from scores cross-fitted in 20 runs of rows."""
+
+    def figures(train: Matrix, normal: Matrix, anomalous: Matrix) -> tuple[Figures, tuple[Scores, Scores]]:
+        train, normal, anomalous = (rows.astype(np.float64) for rows in (train, normal, anomalous))
+        runs = np.array_split(np.arange(len(train)), 20)
+        held_out = np.concatenate([score(np.delete(train, run, axis=0), train[run]) for run in runs])
+        both = score(train, np.concatenate([normal, anomalous]))
+        scores = both[: len(normal)], both[len(normal) :]
+        return at_threshold(scores, float(np.quantile(held_out, 1 - TARGET_FPR))), scores
+
+    return figures
+
+
+def at_threshold(scores: tuple[Scores, Scores], threshold: float) -> Figures:
+    return Figures(auroc(*scores), *(float(np.mean(of > threshold)) for of in scores))
+
+
+def rival_scores(train: Matrix, normal: Matrix, anomalous: Matrix) -> dict[str, tuple[Scores, Scores]]:
     """Return the anomaly scores of normal and anomalous test rows by the other detectors.
 
     In float64: a Ledoit-Wolf covariance of wide float32 features with an offset loses what tells defects.
     """
     train, normal, anomalous = (rows.astype(np.float64) for rows in (train, normal, anomalous))
     test = np.concatenate([normal, anomalous])
-    scores = {
-        "1-NN": NearestNeighbors(n_neighbors=1).fit(train).kneighbors(test)[0][:, 0],
-        "Ledoit-Wolf": LedoitWolf().fit(train).mahalanobis(test),
-        "LOF": -LocalOutlierFactor(novelty=True).fit(train).score_samples(test),
-        "IsolationForest": -IsolationForest(random_state=seed).fit(train).score_samples(test),
-        "OneClassSVM": -OneClassSVM().fit(train).score_samples(test),
-        "PyOD KDE": KDE().fit(train).decision_function(test),
-        "PyOD ECOD": ECOD().fit(train).decision_function(test),
-    }
+    scores = {name: score(train, test) for name, score in RIVALS.items()}
     return {name: (values[: len(normal)], values[len(normal) :]) for name, values in scores.items()}
+
+
+# Training and test rows to anomaly scores of the test rows.
+Rival = Callable[[Scores, Scores], Scores]
+RIVALS: dict[str, Rival] = {
+    "Ledoit-Wolf": ledoit_wolf_scores,
+    "1-NN": lambda train, test: NearestNeighbors(n_neighbors=1).fit(train).kneighbors(test)[0][:, 0],
+    "LOF": lambda train, test: -LocalOutlierFactor(novelty=True).fit(train).score_samples(test),
+    "IsolationForest": lambda train, test: -IsolationForest(random_state=0).fit(train).score_samples(test),
+    "OneClassSVM": lambda train, test: -OneClassSVM().fit(train).score_samples(test),
+    "PyOD KDE": lambda train, test: KDE().fit(train).decision_function(test),
+    "PyOD ECOD": lambda train, test: ECOD().fit(train).decision_function(test),
+}
 
 
 def interval_text(over: str) -> str:

@@ -1,6 +1,7 @@
 """Scattering coefficients on coarse grids, against every path at full resolution.
 
     python benchmarks/scattering.py
+    python benchmarks/scattering.py --quick
 
 Both transform the same generated textures with the same wavelets, modulus and statistics, in float32. The
 reference keeps all maps at the size of the image and computes them path after path, each for the whole batch; the
@@ -64,7 +65,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="images in the batch (default: 8)")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of timings (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="one pair of two images: shows that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.images, options.pairs = 2, 1
     torch.set_num_threads(options.threads)
 
     textures = make_textures(options.images, 1, image_size=SIZE, random_state=0).X_train
@@ -106,7 +110,7 @@ def main() -> None:
     assert rms[0] < 0.005, f"means differ by {rms[0]:.4f}"
     assert rms[1] < 0.015, f"standard deviations differ by {rms[1]:.4f}"
     assert rms[2] < 0.12, f"maxima differ by {rms[2]:.4f}"
-    assert ratio >= 5, f"{ratio:.2f} times as fast as full resolution, 5 claimed"
+    assert options.quick or ratio >= 5, f"{ratio:.2f} times as fast as full resolution, 5 claimed"
 
 
 if __name__ == "__main__":
