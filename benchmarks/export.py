@@ -2,7 +2,7 @@
 
     python benchmarks/export.py
 
-Needs the extra `onnx` and onnxruntime. The weights are random: they decide no size and no time.
+Needs the extra `onnx`. The weights are random: they decide no size and no time.
 """
 
 import tempfile
