@@ -3,7 +3,7 @@
     python benchmarks/export.py
     python benchmarks/export.py --quick
 
-Needs the extra `onnx` and onnxruntime. The weights are random: they decide no size and no time.
+Needs the extra `onnx`. The weights are random: they decide no size and no time.
 """
 
 import argparse

@@ -150,8 +150,8 @@ def check_cache(cache: Cache) -> None:
         If the folder cannot be made or written to.
     """
     if _is_used(cache):
-        with _opened(cache):
-            pass
+        with _opened(cache) as store:
+            store.get([])
 
 
 def feature_matrix(
@@ -383,7 +383,6 @@ class _Folder:
         self._identity: tuple[int, int] | None = None
         self._usable = True
         _check_writable(folder, self._file)
-        self._asked(lambda _: None, None)
 
     def get(self, keys: Collection[bytes]) -> Rows:
         return self._asked(lambda connection: self._read(connection, list(keys)), {})
@@ -406,18 +405,25 @@ class _Folder:
         return CacheSize(n_rows, sum(file.stat().st_size for file in files if file.exists()))
 
     def clear(self) -> None:
-        def delete(connection: sqlite3.Connection) -> None:
-            try:
-                connection.execute("DELETE FROM features")
-                # Without this the file keeps its size.
-                connection.execute("VACUUM")
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.OperationalError as error:
+        try:
+            self._connection = self._connected()
+            self._connection.execute("DELETE FROM features")
+            # Without this the file keeps its size.
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            self.close()
+            if _is_damage(error):
+                self._set_aside(error)
+            elif _primary_code(error) in _NO_SPACE and self._has_our_header():
+                # Even to delete rows SQLite has to write; other processes go on with what they have open.
+                self._remove()
+            else:
                 raise OSError(
                     f"{self._file} cannot be emptied: {error}. Where no process uses it, delete the folder."
                 ) from error
-
-        self._asked(delete, None)
+            # An empty cache in its place, as everywhere else.
+            self.get([])
 
     def close(self) -> None:
         if self._connection is not None:
@@ -433,9 +439,9 @@ class _Folder:
             if self._connection is None:
                 self._connection = self._connected()
             return question(self._connection)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             self.close()
-            if _primary_code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            if _is_damage(error):
                 self._set_aside(error)
             else:
                 self._give_up(error)
@@ -443,6 +449,8 @@ class _Folder:
 
     def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._file, timeout=PATIENCE, isolation_level=None)
+        # A damaged row may say that it is text, and need not be any.
+        connection.text_factory = bytes
         try:
             self._identity = _identity(self._file)
             # In one transaction: another process may just be making the file.
@@ -483,11 +491,11 @@ class _Folder:
         rows, damaged = {}, []
         for start in range(0, len(keys), CHUNK):
             part = keys[start : start + CHUNK]
-            query = f"SELECT key, row FROM features WHERE key IN ({','.join('?' * len(part))})"
-            for key, sealed in connection.execute(query, part):
+            query = f"SELECT rowid, key, row FROM features WHERE key IN ({','.join('?' * len(part))})"
+            for number, key, sealed in connection.execute(query, part):
                 row = _unsealed(key, sealed)
                 if row is None:
-                    damaged.append((key,))
+                    damaged.append((number,))
                 else:
                     rows[key] = row
         if damaged:
@@ -498,18 +506,16 @@ class _Folder:
                 stacklevel=2,
             )
             with _transaction(connection):
-                connection.executemany("DELETE FROM features WHERE key = ?", damaged)
+                connection.executemany("DELETE FROM features WHERE rowid = ?", damaged)
         return rows
 
-    def _set_aside(self, error: sqlite3.Error) -> None:
+    def _set_aside(self, error: Exception) -> None:
         """Rename a damaged file, so that the next question makes a new one; unless another process has done so."""
         aside = self._file.with_name(f"{FILE_NAME}.damaged-{time.time_ns()}")
         try:
             if _identity(self._file) != self._identity:
                 return
-            # First what SQLite would apply to the new file.
-            for file in self._beside():
-                file.unlink(missing_ok=True)
+            self._remove_beside()
             self._file.replace(aside)
         except OSError as failure:
             self._give_up(failure)
@@ -528,6 +534,20 @@ class _Folder:
             UserWarning,
             stacklevel=2,
         )
+
+    def _has_our_header(self) -> bool:
+        """Return whether the file says that it is ours, where SQLite cannot be asked."""
+        with self._file.open("rb") as file:
+            return file.read(72)[68:] == APPLICATION.to_bytes(4, "big")
+
+    def _remove(self) -> None:
+        self._remove_beside()
+        self._file.unlink(missing_ok=True)
+
+    def _remove_beside(self) -> None:
+        """Remove what SQLite would apply to a new file of that name; so before the file goes."""
+        for file in self._beside():
+            file.unlink(missing_ok=True)
 
     def _beside(self) -> list[Path]:
         """Return the paths of SQLite's log and of its index."""
@@ -553,7 +573,20 @@ def _identity(file: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _primary_code(error: sqlite3.Error) -> int:
+# What SQLite says where there is no room for its log, nor for the index of that.
+_NO_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+# What it says of a damaged file: SQLITE_ERROR where the schema is no longer that for which our statements are written,
+# SQLITE_READONLY where its header says so (permissions were looked at before).
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_READONLY)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Return whether the file itself is at fault, and not the disk, a lock or a permission."""
+    # Messages quote the schema, and sqlite3 fails to decode a quotation that is damaged.
+    return isinstance(error, UnicodeDecodeError) or _primary_code(error) in _DAMAGE
+
+
+def _primary_code(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
@@ -579,8 +612,13 @@ def _sealed(key: bytes, row: Row) -> bytes:
     return _checksum(key, values) + values
 
 
-def _unsealed(key: bytes, sealed: Any) -> Row | None:
+def _unsealed(key: Any, sealed: Any) -> Row | None:
     """Return the row, or None where it is not what was written."""
-    if not isinstance(sealed, bytes) or len(sealed) % 4 or sealed[:4] != _checksum(key, sealed[4:]):
+    if (
+        not isinstance(key, bytes)
+        or not isinstance(sealed, bytes)
+        or len(sealed) % 4
+        or sealed[:4] != _checksum(key, sealed[4:])
+    ):
         return None
     return np.frombuffer(sealed, "<f4", offset=4)

@@ -14,6 +14,9 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
+# Rows that a detector is asked about once it is fitted: hardly any takes so many that it learnt from for anomalous.
+N_ASKED = 20
+
 
 def _detector_has(method: str) -> Any:
     return available_if(lambda self: hasattr(getattr(self, "detector_", self.detector), method))
@@ -32,7 +35,11 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         A :class:`DFKDEDetector`, any other outlier detector of scikit-learn with `decision_function`, or a pipeline or
         a search that ends in one. It is cloned and fitted on the normal rows as `detector_`.
     anomaly_label : int, bool or str, default=1
-        The label of anomalous rows; the other one is that of the normal rows.
+        The label of anomalous rows; the other one is that of the normal rows. With `normal_label`, the label that is
+        answered for anomalous rows, whatever kinds of them y names.
+    normal_label : int, bool, str or None, default=None
+        The label of normal rows. All other labels are then kinds of anomalies, any number of them. None: y holds
+        two labels, and `anomaly_label` tells which.
 
     Attributes
     ----------
@@ -55,6 +62,10 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     1 that is the anomalous class. Where the label of the anomalies sorts first ("bad" before "good"), it is the normal
     one; metrics then want to be told the other way, for example ``make_scorer(f1_score, pos_label="bad")``.
 
+    Answers are of two classes, also where y names several kinds of anomalies: give metrics and scorers ``y`` with two
+    labels, such as ``np.where(y == "good", "good", "bad")``. `score` does so by itself. Splitters may be given the
+    kinds: folds then have their share of each.
+
     The anomalous rows are used for nothing but the names of the classes. They set no threshold: scikit-learn's
     `TunedThresholdClassifierCV` and `CalibratedClassifierCV` do that.
 
@@ -75,16 +86,27 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     {'detector__n_components': 8}
     >>> search.predict(X[[0, -1]]).tolist()
     ['good', 'bad']
+
+    With the kinds of defects by name:
+
+    >>> kinds = np.repeat(["good", "scratch", "dent"], [100, 12, 8])
+    >>> classifier = AnomalyClassifier(DFKDEDetector(n_components=8), anomaly_label="bad", normal_label="good")
+    >>> classifier.fit(X, kinds).predict(X[[0, 105, -1]]).tolist()
+    ['good', 'bad', 'bad']
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "detector": [HasMethods(["fit", "predict", "decision_function"])],
         "anomaly_label": ["boolean", int, np.integer, str],
+        "normal_label": ["boolean", int, np.integer, str, None],
     }
 
-    def __init__(self, detector: Any, *, anomaly_label: int | bool | str = 1) -> None:
+    def __init__(
+        self, detector: Any, *, anomaly_label: int | bool | str = 1, normal_label: int | bool | str | None = None
+    ) -> None:
         self.detector = detector
         self.anomaly_label = anomaly_label
+        self.normal_label = normal_label
 
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: Any, y: Any) -> Self:
@@ -95,7 +117,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         X : array-like of shape (n_samples, n_features) or sequence of images
             What the detector takes, one row or image for each label: a table, or a list of paths, but not a folder.
         y : array-like of shape (n_samples,)
-            Labels of two kinds, `anomaly_label` one of them.
+            Labels of two kinds, `anomaly_label` one of them; with `normal_label` of two or more, that one of them.
 
         Returns
         -------
@@ -105,7 +127,8 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If y does not hold two classes, or `anomaly_label` is none of them; and what the detector raises.
+            If y does not hold normal and anomalous rows by these labels, or the detector does not answer -1 and 1, as
+            scikit-learn's do; and what the detector raises.
         TypeError
             If X is one path.
         """
@@ -122,9 +145,15 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         if isinstance(X, str | PathLike):
             raise TypeError(f"X={str(X)!r} is one path; y needs something to belong to. Pass a list of image paths.")
         X, y = indexable(X, column_or_1d(y, warn=True))
+        if self.normal_label is not None:
+            self._check_labels(y)
+        y = self._binary(y)
         self.classes_ = self._classes(y)
         normal = np.flatnonzero(y == self.classes_[1 - self._anomalous])
         self.detector_ = clone(self.detector).fit(_safe_indexing(X, normal))
+        # Before metrics rank by decision_function, which detectors that do not answer so turn the other way.
+        if not hasattr(self.detector_, "classes_"):
+            self._checked(self.detector_.predict(_safe_indexing(X, normal[:N_ASKED])))
         for attribute in ("n_features_in_", "feature_names_in_"):
             if hasattr(self.detector_, attribute):
                 setattr(self, attribute, getattr(self.detector_, attribute))
@@ -144,7 +173,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             `anomaly_label` where the detector predicts -1, else the other label.
         """
         check_is_fitted(self)
-        anomalous = self.detector_.predict(X) == -1
+        anomalous = self._checked(self.detector_.predict(X)) == -1
         return self.classes_[np.where(anomalous, self._anomalous, 1 - self._anomalous)]
 
     @_detector_has("predict_proba")
@@ -183,18 +212,73 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         scores = self.detector_.decision_function(X)
         return -scores if self._anomalous == 1 else scores
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy: the share of rows of which it is known rightly whether they are anomalous.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            What the detector takes.
+        y : array-like of shape (n_samples,)
+            Labels as in `fit`; with `normal_label` of any number of kinds.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Weights of the rows.
+
+        Returns
+        -------
+        float
+            From 0 to 1.
+        """
+        return super().score(X, self._binary(column_or_1d(y)), sample_weight)
+
     @property
     def _anomalous(self) -> int:
         """The position of the anomalous class in `classes_`."""
         return int(self.classes_[1] == self.anomaly_label)
+
+    def _check_labels(self, y: NDArray[Any]) -> None:
+        """Raise a ValueError unless `normal_label` is a label of y, and `anomaly_label` one to answer beside it."""
+        kind = type_of_target(y, input_name="y", raise_unknown=True)
+        labels = np.unique(y).tolist()
+        if kind not in ("binary", "multiclass") or self.normal_label not in labels:
+            raise ValueError(
+                f"normal_label={self.normal_label!r} is not among the labels {labels[:20]} in y, which is {kind}. Set "
+                "normal_label to the one of them that normal rows have."
+            )
+        if isinstance(self.normal_label, str) != isinstance(self.anomaly_label, str):
+            raise ValueError(
+                f"anomaly_label={self.anomaly_label!r} and normal_label={self.normal_label!r} are of different types, "
+                "and both are answers. Set anomaly_label to what anomalous rows shall be called, such as "
+                f"{'anomalous' if isinstance(self.normal_label, str) else 1!r}."
+            )
+        if self.normal_label == self.anomaly_label:
+            raise ValueError(f"normal_label={self.normal_label!r} is the anomaly_label too. Give two different labels.")
+
+    def _binary(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Return the labels with one name for all kinds of anomalies, where `normal_label` tells them."""
+        if self.normal_label is None:
+            return y
+        return np.where(y == self.normal_label, self.normal_label, self.anomaly_label)
+
+    def _checked(self, answers: NDArray[Any]) -> NDArray[Any]:
+        """Return what the detector predicts, and raise a ValueError where it is not of -1 and 1."""
+        strange = np.setdiff1d(answers, [-1, 1])
+        if len(strange):
+            raise ValueError(
+                f"detector={self.detector!r} predicts {strange.tolist()[0]!r}, and not -1 for anomalous and 1 for "
+                "normal rows. PyOD's detectors predict 1 for anomalous rows, and their decision_function is higher "
+                "there: give a class of your own that returns 1 - 2 * predict(X) and threshold_ - decision_function(X) "
+                "of one."
+            )
+        return answers
 
     def _classes(self, y: NDArray[Any]) -> NDArray[Any]:
         """Return the two labels, sorted."""
         kind = type_of_target(y, input_name="y", raise_unknown=True)
         if kind != "binary":
             raise ValueError(
-                f"Only binary classification is supported. The type of the target is {kind}. Give the anomalies one "
-                "label, for example y != 'good'."
+                f"Only binary classification is supported. The type of the target is {kind}. Where y names several "
+                "kinds of anomalies, set normal_label to the label of the normal rows."
             )
         classes = np.unique(y)
         given = f"the labels {classes.tolist()}"

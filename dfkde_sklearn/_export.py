@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.special import expit
 from torch import Tensor, nn
 
-from dfkde_sklearn._features import TimmFeatures, timm_transform
+from dfkde_sklearn._features import TimmFeatures, image_transform, timm_transform
 from dfkde_sklearn._files import write_file
+from dfkde_sklearn._images import as_images, image_batches
 from dfkde_sklearn._model import DfkdeModel, ScatteringModule, model_of
 
 if TYPE_CHECKING:
@@ -27,16 +31,27 @@ _OUTSIDE = "Leave image_shape out, and preprocess with read_images of the to_tor
 _UNIT = 2**22
 # Batches of two, since a length of one would be taken for constant.
 _TRACED_ROWS = 2
+# Rows that go through an exported file at once while it is checked: some, as a batch of one hides what mixes rows.
+_CHECKED_ROWS = 16
+# What a checked file may differ by: relative to the log density, or absolute, in nats, where that is below 1. Behind a
+# network, whose float32 sums each runtime orders its own way, and of float32 and float64 features.
+_TOLERANCES = {"images": 1e-3, "float32": 1e-4, "float64": 1e-8}
+
+# An exported file: a batch to log density, P(anomalous) and label.
+Run = Callable[[Tensor], Sequence[Any]]
 
 
-def write_onnx(detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None) -> None:
+def write_onnx(
+    detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, check: Any
+) -> None:
     """Write a fitted detector as one ONNX file; see `DFKDEDetector.to_onnx`."""
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        for package in ("onnx", "onnxscript", *(() if check is None else ("onnxruntime",))):
+            importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"to_onnx needs the packages onnx and onnxscript ({error}): pip install 'dfkde-sklearn[onnx]'."
+            f"to_onnx needs the packages onnx and onnxscript, and check= needs onnxruntime ({error}): "
+            "pip install 'dfkde-sklearn[onnx]'."
         ) from error
     scorer, name, example = _scorer(detector, image_shape)
     with warnings.catch_warnings():
@@ -54,15 +69,30 @@ def write_onnx(detector: DFKDEDetector, path: str | os.PathLike[str], image_shap
             verbose=False,
         )
     assert program is not None
-    write_file(path, program.model_proto.SerializeToString())
+    data = program.model_proto.SerializeToString()
+    if check is not None:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+        def run(batch: Tensor) -> Sequence[Any]:
+            return session.run(list(OUTPUTS), {name: batch.numpy()})
+
+        _check(run, "ONNX Runtime", detector, image_shape, check)
+    write_file(path, data)
 
 
-def write_program(detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None) -> None:
+def write_program(
+    detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, check: Any
+) -> None:
     """Write a fitted detector as a program of torch.export; see `DFKDEDetector.to_pt2`."""
     scorer, _, example = _scorer(detector, image_shape)
     program = torch.export.export(scorer, (example,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},))
     stream = io.BytesIO()
     torch.export.save(program, stream)
+    if check is not None:
+        stream.seek(0)
+        _check(torch.export.load(stream).module(), "torch.export", detector, image_shape, check)
     write_file(path, stream.getbuffer())
 
 
@@ -194,3 +224,51 @@ def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tup
         return Scorer(model, None), "images", torch.zeros(_TRACED_ROWS, 3, *stage.input_size_)
     preprocessing = Preprocessing(stage, image_shape)
     return Scorer(model, preprocessing), "images", torch.zeros(_TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
+
+
+def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: Any) -> None:
+    """Raise a ValueError unless an exported file gives for X what the detector gives."""
+    scores = detector.score_samples(X).astype(np.float64)
+    excess = scores - detector.offset_
+    is_of_images = isinstance(detector.features_, TimmFeatures)
+    tolerance = _TOLERANCES["images" if is_of_images else str(detector.support_.dtype)]
+    near = tolerance * np.maximum(1.0, np.abs(scores))
+    # The right values, and by how much they may be missed: a label by any, where the score is at the threshold.
+    right = {
+        "log_density": (scores, near),
+        "p_anomalous": (expit(-detector.threshold_steepness * excess), max(1.0, detector.threshold_steepness) * near),
+        "label": (np.where(excess < 0, -1.0, 1.0), np.where(np.abs(excess) <= near, np.inf, 0.0)),
+    }
+    outputs = [run(batch) for batch in _batches(detector, image_shape, X)]
+    for name, parts in zip(OUTPUTS, zip(*outputs, strict=True), strict=True):
+        found = np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
+        expected, allowed = right[name]
+        # NaN and infinities are differences.
+        difference = np.nan_to_num(np.abs(found - expected), nan=np.inf)
+        wrong = np.flatnonzero(difference > allowed)
+        if len(wrong):
+            i = int(wrong[np.argmax(difference[wrong])])
+            raise ValueError(
+                f"The exported file is not the detector: check[{i}] has {name} {found[i]:.9g} in {runtime} and "
+                f"{expected[i]:.9g} in the detector, which is off by {difference[i]:.3g}; allowed: {allowed[i]:.3g}. "
+                f"So it is with {len(wrong)} of {len(scores)}. Nothing was written. Try other versions of torch, onnx "
+                f"and onnxscript, or keep the detector with save()."
+            )
+
+
+def _batches(detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
+    """Yield what an exported file is given for X, a few rows at a time."""
+    stage: Any = detector.features_
+    if not isinstance(stage, TimmFeatures):
+        rows = detector._validated(X if stage is None else stage.transform(X), reset=False)
+        yield from (
+            torch.from_numpy(np.array(rows)).to(getattr(torch, str(detector.support_.dtype))).split(_CHECKED_ROWS)
+        )
+        return
+
+    def pixels(picture: Image.Image) -> Tensor:
+        if (picture.height, picture.width) != image_shape:
+            raise ValueError(f"the exported file takes images of image_shape={image_shape} only")
+        return torch.from_numpy(np.array(picture))
+
+    yield from image_batches(as_images(X), pixels if image_shape else image_transform(stage), _CHECKED_ROWS)

@@ -408,8 +408,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         if blocks is not None:
             plan = [plan[block] for block in blocks]
         formats = {name: (axes, prefix_tokens) for name, axes, prefix_tokens in plan}
-        # What an earlier version has fitted and saved does not know the size: it goes through the network at once.
-        n_at_once = micro_batch_size(network, batch, getattr(self, "activation_bytes_", 0))
+        n_at_once = micro_batch_size(network, batch, self.activation_bytes_)
         return torch.cat([self._rows_at_once(network, part, formats) for part in batch.split(n_at_once)])
 
     def _rows_at_once(self, network: nn.Module, batch: Tensor, formats: dict[str, tuple[str, int]]) -> Tensor:

@@ -132,11 +132,15 @@ def pooled(output: Tensor, axes: str, prefix_tokens: int, pooling: str) -> Tenso
     if axes == "NC":
         return output.flatten(1)
     positions = output.movedim(axes.index("C"), 1).flatten(2)[..., prefix_tokens:]
+    # Axes are kept and then flattened: from a graph that drops one in a reduction, and subtracts a constant next,
+    # OpenVINO 2026.4 computes something else.
     if pooling == "avg":
-        return positions.mean(-1)
-    if pooling == "max":
-        return positions.amax(-1)
-    return positions.clamp(min=1e-6).pow(3).mean(-1).pow(1 / 3)
+        vectors = positions.mean(-1, keepdim=True)
+    elif pooling == "max":
+        vectors = positions.amax(-1, keepdim=True)
+    else:
+        vectors = positions.clamp(min=1e-6).pow(3).mean(-1, keepdim=True).pow(1 / 3)
+    return vectors.flatten(1)
 
 
 def check_layers(layers: list[str], network: nn.Module, name: str) -> None:

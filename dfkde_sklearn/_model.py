@@ -53,6 +53,8 @@ _AXES = {
     "offset": "",
 }
 _IN_ROW_DTYPE = ("support", "loo_scores")
+# Of the residual terms the first number, the variance.
+_POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
 
 
 class DensityBuffers(nn.Module):
@@ -163,7 +165,9 @@ class DensityBuffers(nn.Module):
         far out q lies, its logarithm is added to that of the sum, and nothing underflows.
         """
         n, d = self.support.shape
-        centred = features.double() * self.scale - self.mean * self.scale
+        # With an axis between: where a network ends in a reduction that drops the axis of positions, OpenVINO 2026.4
+        # subtracts the constant from other elements.
+        centred = (features.double()[:, None] * self.scale - self.mean * self.scale)[:, 0]
         coordinates = centred @ self.components.T
         # Scalars are multiplied into the small matrix: onnxruntime would fuse one beside a large product into it, as
         # a number of float32. Exporters round Python's floats to float32 too, but no tensors.
@@ -221,11 +225,14 @@ class DensityBuffers(nn.Module):
         self.scaling = _SCALINGS[int(self.scaling_code)]
 
 
-def _faults(given: Mapping[str, Tensor]) -> list[str]:
-    """Return what keeps these tensors from being the buffers of one density."""
+def _faults(given: Mapping[str, Any]) -> list[str]:
+    """Return what keeps these from being the buffers of one density."""
     faults: list[str] = []
     lengths: dict[str, int] = {}
     for name, value in given.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            faults.append(f"{name} is not a tensor with its values")
+            continue
         floats = (torch.float32, torch.float64) if name in _IN_ROW_DTYPE else (torch.float64,)
         if value.dtype not in ((torch.int64,) if name == "scaling_code" else floats):
             faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, floats))}")
@@ -239,7 +246,28 @@ def _faults(given: Mapping[str, Tensor]) -> list[str]:
         faults.append("residual and gaussian_residual hold two numbers each, or none")
     if not faults and "scaling_code" in given and int(given["scaling_code"]) not in range(len(_SCALINGS)):
         faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(_SCALINGS) - 1}")
-    return faults
+    return faults or [
+        fault for name in given if (fault := _value_fault(name, given, is_fitted=lengths.get("n", 0) > 0))
+    ]
+
+
+def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
+    """Return what is wrong with the values of a buffer, or nothing: with one that is not a number all is normal."""
+    value = given[name]
+    if name == "scaling_code" or not (is_fitted or name in ("steepness", "offset")):
+        return ""
+    if not value.numel() and name not in ("residual", "gaussian_residual"):
+        return f"{name} has shape {tuple(value.shape)}: it is empty"
+    if name == "loo_scores":
+        # A density may be zero.
+        return f"{name} holds NaN or +inf" if bool((value.isnan() | (value == math.inf)).any()) else ""
+    # anomalib's weights do not tell the singular values of "norm", which no score needs.
+    is_unknown = name == "singular_values" and bool(value.isnan().all())
+    if not is_unknown and not bool(torch.isfinite(value).all()):
+        return f"{name} holds NaN or infinities"
+    if name in _POSITIVE and value.numel() and not float(value.flatten()[0]) > 0:
+        return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
+    return ""
 
 
 class NetworkFeatures(nn.Module):

@@ -8,11 +8,13 @@ SHA-256 of the whole file, taken with zeros in the place of its digits.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 import os
 import platform
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,8 +26,9 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._features import TimmFeatures, image_transform
 from dfkde_sklearn._files import write_file
+from dfkde_sklearn._layers import check_layers
 from dfkde_sklearn._model import DensityBuffers, buffers_of, keep_buffers
 from dfkde_sklearn._scattering import ScatteringFeatures
 
@@ -42,6 +45,48 @@ _OF_THE_MACHINE = ("device", "cache")
 _STAGES: dict[str, type[TimmFeatures | ScatteringFeatures]] = {
     "TimmFeatures": TimmFeatures,
     "ScatteringFeatures": ScatteringFeatures,
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
+
+
+def _are(kind: type, is_one: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    def are(values: Any) -> bool:
+        return isinstance(values, kind) and len(values) == (length or len(values)) and all(map(is_one, values))
+
+    return are
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What a fitted feature stage has, all of it, and what is allowed there.
+_FITTED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "TimmFeatures": {
+        "backbone_name_": _is_text,
+        "seed_": lambda value: value is None or _is_whole(value, 0),
+        "weights_hash_": _is_text,
+        "input_size_": _are(tuple, lambda value: _is_whole(value, 1), 2),
+        "mean_": _are(tuple, _is_number, 3),
+        "std_": _are(tuple, lambda value: _is_number(value) and value > 0, 3),
+        "interpolation_": _is_text,
+        "crop_mode_": _is_text,
+        "crop_pct_": lambda value: _is_number(value) and value > 0,
+        "layers_": _are(list, _is_text),
+        "layer_formats_": _are(list, lambda value: value in ("NC", "NCHW", "NHWC", "NLC", "NCL")),
+        "layer_prefix_tokens_": _are(list, lambda value: _is_whole(value, 0)),
+        "layer_widths_": _are(list, lambda value: _is_whole(value, 1)),
+        "activation_bytes_": lambda value: _is_whole(value, 0),
+        "n_features_out_": lambda value: _is_whole(value, 1),
+    },
+    "ScatteringFeatures": {"n_features_out_": lambda value: _is_whole(value, 1)},
 }
 
 _Detector = TypeVar("_Detector", bound="DFKDEDetector")
@@ -103,20 +148,26 @@ def load(
         else:
             raise ValueError(f"{str(path)!r} has no feature stage: load it without backbone= and weights=.")
         features = {"auto": "auto", None: None, "stage": clone(stage) if stage else None}[header["features"]]
-        detector = kind(features, device=device, **header["parameters"])
+        detector = kind(features, device=device, **_parameters(header["parameters"], kind, ("features", "device")))
         detector._validate_params()
         buffers = DensityBuffers(detector.scaling, 1.0, 0.0)
         buffers.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        names = header["feature_names"]
+        n_features = len(buffers.mean)
+        if not _are(list, _is_text)(names) or len(names) not in (0, n_features):
+            raise ValueError(f"feature_names are not the names of {n_features} columns")
+        if (stage is None) != (features is None) and features != "auto":
+            raise ValueError(f"features is {header['features']!r}, which contradicts the feature stage")
+        if stage is not None and stage.n_features_out_ != n_features:
+            raise ValueError("the feature stage and the density have different numbers of features")
+        if buffers.scaling != detector.scaling or not buffers.is_fitted:
+            raise ValueError("its tensors contradict its parameters")
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
-    if buffers.scaling != detector.scaling or not buffers.is_fitted:
-        raise ValueError(f"{str(path)!r} does not hold what a detector needs: its tensors contradict its parameters.")
     keep_buffers(detector, buffers)
     detector.features_ = stage
-    if header["feature_names"]:
-        detector.feature_names_in_ = np.array(header["feature_names"], dtype=object)
-    if stage is not None and stage.n_features_out_ != detector.n_features_in_:
-        raise ValueError(f"{str(path)!r}: the feature stage and the density have different numbers of features.")
+    if names:
+        detector.feature_names_in_ = np.array(names, dtype=object)
     if isinstance(stage, TimmFeatures):
         _check_backbone(stage, download)
     return detector
@@ -130,11 +181,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         (length,) = struct.unpack("<Q", data[:8])
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][FORMAT], object_hook=_with_tuples)
         digits, version = header["sha256"], header["format_version"]
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, struct.error) as error:
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
         raise ValueError(
             f"{str(path)!r} is not a file of DFKDEDetector.save, or it is damaged: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not _is_whole(version, 1):
+        raise ValueError(f"{str(path)!r} is damaged: it states format version {version!r}.")
+    if version > FORMAT_VERSION:
         raise ValueError(
             f"{str(path)!r} has format version {version}, and this version of dfkde-sklearn reads up to "
             f"{FORMAT_VERSION}. Install a newer one."
@@ -168,12 +221,13 @@ def _stage(
     device: str | torch.device | None,
 ) -> TimmFeatures | ScatteringFeatures:
     """Return the fitted feature stage that was described."""
-    parameters = dict(described["parameters"])
-    if described["class"] == "TimmFeatures":
+    name, fitted = described["class"], described["fitted"]
+    parameters = _parameters(described["parameters"], _STAGES[name], _OF_THE_MACHINE)
+    if name == "TimmFeatures":
         is_module = parameters["backbone"] is None
         if is_module != isinstance(backbone, nn.Module):
             raise ValueError(
-                f"The backbone is a module, {described['fitted']['backbone_name_']!r}: load(path, backbone=MODULE)."
+                f"The backbone is a module, {fitted['backbone_name_']!r}: load(path, backbone=MODULE)."
                 if is_module
                 else f"The backbone is {parameters['backbone']!r}, by name: load it without backbone=."
             )
@@ -182,20 +236,45 @@ def _stage(
         if weights is not None:
             parameters["weights"] = weights
     elif backbone is not None or weights is not None:
-        raise ValueError(f"{described['class']} has no backbone: load it without backbone= and weights=.")
-    stage = _STAGES[described["class"]](device=device, **parameters)
+        raise ValueError(f"{name} has no backbone: load it without backbone= and weights=.")
+    stage = _STAGES[name](device=device, **parameters)
     stage._validate_params()
-    for name, value in described["fitted"].items():
-        if not name.endswith("_") or name.startswith("_"):
-            raise TypeError(f"{name!r} is not a fitted attribute")
-        setattr(stage, name, value)
+    for attribute, value in fitted.items():
+        if attribute not in _FITTED[name]:
+            raise ValueError(f"{attribute!r} is not a fitted attribute of {name}")
+        if not _FITTED[name][attribute](value):
+            raise ValueError(f"the {attribute} of {name} is {value!r:.80}, which cannot be")
+        setattr(stage, attribute, value)
+    missing = _FITTED[name].keys() - fitted.keys()
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    if isinstance(stage, TimmFeatures):
+        n_layers = len(stage.layers_) or 1
+        lists = (stage.layer_formats_, stage.layer_prefix_tokens_, stage.layer_widths_)
+        if any(len(values) != n_layers for values in lists) or sum(stage.layer_widths_) != stage.n_features_out_:
+            raise ValueError(f"what {name} says of its layers is contradictory")
+        image_transform(stage)
+    elif stage.n_features_out_ != stage._n_features():
+        raise ValueError(f"the parameters of {name} and its n_features_out_ are of different numbers of features")
+    else:
+        stage._check_size()
     return stage
+
+
+def _parameters(given: Any, kind: type, but: tuple[str, ...]) -> dict[str, Any]:
+    """Return the constructor's parameters in a file, which may set none of those in `but`."""
+    unknown = dict(given).keys() - (inspect.signature(kind).parameters.keys() - set(but))
+    if unknown:
+        raise ValueError(f"{kind.__name__} takes no {', '.join(sorted(map(str, unknown)))} from a file")
+    return dict(given)
 
 
 def _check_backbone(stage: TimmFeatures, download: bool) -> None:
     """Load the backbone, and raise unless its weights are those of the fit."""
     with stage._lent_backbone(download=download) as backbone:
         found = backbone.weights_hash
+        if stage.layers_:
+            check_layers(stage.layers_, backbone.network, stage.backbone_name_)
     if found != stage.weights_hash_:
         raise ValueError(
             f"The weights of backbone {stage.backbone_name_!r} are not those that the detector was fitted with: "

@@ -177,14 +177,8 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         as_images(X)
         check_cache(self.cache)
         as_device(self.device)
-        unit = 2**self.scales
-        if self.image_size % unit or self.image_size < 2 * unit:
-            raise ValueError(
-                f"image_size={self.image_size} does not go with scales={self.scales}: a multiple of 2**scales is"
-                f" needed, and at least two of them. Use image_size={unit * max(2, round(self.image_size / unit))},"
-                " or fewer scales."
-            )
-        self.n_features_out_ = len(self._feature_names())
+        self._check_size()
+        self.n_features_out_ = self._n_features()
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -277,6 +271,20 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         framed = pad(batch[:, None], (border,) * 4, mode="reflect")[:, 0]
         coefficients = scattering_coefficients(framed, cascade, border)
         return torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
+
+    def _check_size(self) -> None:
+        """Raise a ValueError unless the filters fit into images of this size."""
+        unit = 2**self.scales
+        if self.image_size % unit or self.image_size < 2 * unit:
+            raise ValueError(
+                f"image_size={self.image_size} does not go with scales={self.scales}: a multiple of 2**scales is"
+                f" needed, and at least two of them. Use image_size={unit * max(2, round(self.image_size / unit))},"
+                " or fewer scales."
+            )
+
+    def _n_features(self) -> int:
+        first, pairs = self.scales * self.orientations, self.scales * (self.scales - 1) // 2
+        return (first + self.orientations**2 * pairs) * len(STATISTICS)
 
     def _feature_names(self) -> list[str]:
         waves = [[f"scale{j}_orientation{k}" for k in range(self.orientations)] for j in range(self.scales)]

@@ -689,16 +689,143 @@ def test_a_damaged_row_is_reported_and_computed_again(statement, paths, tmp_path
     assert features.backbone.n_seen == n_seen + 1
 
 
+def folder_call(folder, call):
+    """Ask a folder as a feature stage does; return the answer, and how often it warned."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store = _cache._Folder(folder)
+        try:
+            answer = call(store)
+        finally:
+            store.close()
+    assert {warning.category for warning in caught} <= {UserWarning}
+    return answer, len(caught)
+
+
+ROWS = {bytes([i]) * 32: np.random.default_rng(i).normal(size=6).astype(np.float32) for i in range(5)}
+
+
+@pytest.fixture(scope="module")
+def cache_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    folder_call(folder, lambda store: store.put(ROWS))
+    return (folder / _cache.FILE_NAME).read_bytes()
+
+
+def check_damaged_cache(content, folder):
+    """Check that a damaged file gives no wrong row, and that what it lost is kept again from then on."""
+    (folder / _cache.FILE_NAME).write_bytes(content)
+    try:
+        for _ in range(3):
+            for call in (lambda store: store.get(list(ROWS)), lambda store: store.put(ROWS)):
+                for key, row in folder_call(folder, call)[0].items():
+                    np.testing.assert_array_equal(row, ROWS[key])
+    except ValueError as error:
+        # Bytes that say whose file it is are believed: it may be another's.
+        if not any(words in str(error) for words in ("another program", "newer version")):
+            raise
+        return
+    found, n_warnings = folder_call(folder, lambda store: store.get(list(ROWS)))
+    assert (found.keys(), n_warnings) == (ROWS.keys(), 0)
+
+
+@pytest.mark.parametrize(
+    ("at", "to"),
+    [
+        (b"CREATE TABLE", 0xFF),  # a message that quotes the schema is no UTF-8 any more
+        (b"features", 0x7A),  # no such table
+        (b"key BLOB", 0x7A),  # no such column
+        (18, 3),  # "read-only"
+        (b"SQLite format", 0),
+    ],
+)
+def test_a_damaged_schema_is_set_aside_like_other_damage(at, to, cache_file, tmp_path):
+    content = bytearray(cache_file)
+    content[at if isinstance(at, int) else cache_file.index(at)] = to
+    check_damaged_cache(bytes(content), tmp_path)
+    assert len(list(tmp_path.glob("*.damaged-*"))) == 1
+
+
+def fuzz_cache(cache_file, tmp_path, n):
+    rng = np.random.default_rng(0)
+    used = np.flatnonzero(np.frombuffer(cache_file, np.uint8))
+    for number in range(n):
+        content = bytearray(cache_file)
+        content[rng.choice(used)] ^= rng.integers(1, 256)
+        if number % 10 == 0:
+            del content[rng.integers(len(content)) :]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check_damaged_cache(bytes(content), folder)
+
+
+def test_no_damaged_byte_of_a_cache_changes_a_row_or_makes_it_useless(cache_file, tmp_path):
+    fuzz_cache(cache_file, tmp_path, 25)
+
+
+@pytest.mark.long
+def test_no_damaged_byte_of_a_cache_changes_a_row_or_makes_it_useless_at_length(cache_file, tmp_path):
+    fuzz_cache(cache_file, tmp_path, 3000)
+
+
+@contextlib.contextmanager
+def bounded_files(n_bytes):
+    """Let no file grow beyond so many bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_cache_is_emptied_where_no_file_can_grow(tmp_path):
+    folder_call(tmp_path, lambda store: store.put(ROWS))
+    # Not even the index of SQLite's log, of 32 KiB, can be made.
+    with bounded_files(4096), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nor an empty cache
+        clear_cache(tmp_path)
+    assert cache_size(tmp_path).n_rows == 0
+    assert folder_call(tmp_path, lambda store: store.put(ROWS))[1] == 0
+    assert cache_size(tmp_path).n_rows == len(ROWS)
+
+
+def test_a_cache_on_a_full_disk_is_emptied(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        rows = {bytes([i]) * 32: np.ones(2000, np.float32) for i in range(50)}
+        folder_call(disk, lambda store: store.put(rows))
+        with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as file:
+            while file.write(b"x" * 512):
+                pass
+        with no_warning():
+            clear_cache(disk)
+        assert cache_size(disk).n_rows == 0
+        assert folder_call(disk, lambda store: store.put(ROWS))[1] == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_of_another_program_is_not_removed_on_a_full_disk(tmp_path):
+    file = tmp_path / _cache.FILE_NAME
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE letters (text)")
+    content = file.read_bytes()
+    with bounded_files(4096), pytest.raises((OSError, ValueError), match=r"cannot be emptied|another program"):
+        clear_cache(tmp_path)
+    assert file.read_bytes() == content
+
+
 def test_a_full_disk_costs_the_cache_and_not_the_result(images, tmp_path):
     features = stage(cache=tmp_path, batch_size=4).fit(images)
     expected = clone(features).set_params(cache=None).fit(images).transform(images)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.warns(UserWarning, match="cannot be used .* computed and not kept") as caught:
-            found = features.transform(images)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with bounded_files(20_000), pytest.warns(UserWarning, match="cannot be used .* computed and not kept") as caught:
+        found = features.transform(images)
     np.testing.assert_array_equal(found, expected)
     assert len(caught) == 1
     with no_warning():

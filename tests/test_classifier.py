@@ -185,6 +185,111 @@ def test_scikit_learn_takes_it_for_a_classifier():
     assert isinstance(search.cv or StratifiedKFold(), StratifiedKFold)
 
 
+# ---- several kinds of anomalies
+
+
+def labelled_kinds(seed=0):
+    X, anomalous = labelled_rows(seed=seed)
+    return X, np.where(anomalous, np.where(np.arange(len(X)) % 3 == 0, "dent", "scratch"), "good")
+
+
+def test_kinds_of_anomalies_are_one_class():
+    X, kinds = labelled_kinds()
+    several = AnomalyClassifier(DFKDEDetector(), anomaly_label="bad", normal_label="good").fit(X, kinds)
+    two = AnomalyClassifier(DFKDEDetector(), anomaly_label="bad").fit(X, np.where(kinds == "good", "good", "bad"))
+    assert several.classes_.tolist() == ["bad", "good"]
+    for method in ("predict", "predict_proba", "decision_function"):
+        np.testing.assert_array_equal(getattr(several, method)(X), getattr(two, method)(X))
+    new, new_kinds = labelled_kinds(seed=1)
+    right = np.where(new_kinds == "good", "good", "bad") == two.predict(new)
+    assert several.score(new, new_kinds) == pytest.approx(right.mean())
+    assert several.score(new[:5], new_kinds[:5]) == pytest.approx(right[:5].mean())
+    for name in ("roc_auc", "accuracy", "neg_log_loss"):
+        y = np.where(new_kinds == "good", "good", "bad")
+        assert get_scorer(name)(several, new, y) == get_scorer(name)(two, new, y)
+
+
+def test_a_search_takes_kinds_and_every_fold_has_some_of_each():
+    X, kinds = labelled_kinds()
+    classifier = AnomalyClassifier(DFKDEDetector(), anomaly_label="bad", normal_label="good")
+    search = GridSearchCV(classifier, {"detector__n_components": [1, 4]}, error_score="raise").fit(X, kinds)
+    for i, (train, test) in enumerate(StratifiedKFold().split(X, kinds)):
+        detector = DFKDEDetector(n_components=4).fit(X[train][kinds[train] == "good"])
+        expected = ((detector.predict(X[test]) == 1) == (kinds[test] == "good")).mean()
+        assert search.cv_results_[f"split{i}_test_score"][1] == pytest.approx(expected)
+
+
+def test_kinds_by_number():
+    X, anomalous = labelled_rows()
+    classifier = AnomalyClassifier(RowsSeen(), normal_label=0).fit(X, anomalous * (1 + np.arange(len(X)) % 4))
+    np.testing.assert_array_equal(classifier.detector_.seen_, X[~anomalous])
+    assert classifier.classes_.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"normal_label": "good"}, r"anomaly_label=1 and normal_label='good' are of different types.*'anomalous'"),
+        (
+            {"normal_label": "fine", "anomaly_label": "bad"},
+            r"normal_label='fine' is not among the labels \['dent', 'good'",
+        ),
+        ({"normal_label": "good", "anomaly_label": "good"}, "the anomaly_label too"),
+        ({"anomaly_label": "dent"}, "multiclass.*set normal_label"),
+    ],
+)
+def test_kinds_that_cannot_be_told_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        AnomalyClassifier(DFKDEDetector(), **labels).fit(*labelled_kinds())
+
+
+# ---- detectors with other answers
+
+
+class ZeroOne(RowsSeen):
+    """Answers as PyOD's detectors do: 1 is anomalous, and scores are higher there."""
+
+    def decision_function(self, X):
+        return -super().decision_function(X)
+
+    def predict(self, X):
+        return (self.decision_function(X) > 0).astype(int)
+
+
+def test_a_detector_that_answers_0_and_1_is_refused():
+    X, anomalous = labelled_rows()
+    for detector in (ZeroOne(), make_pipeline(StandardScaler(), ZeroOne())):
+        with pytest.raises(
+            ValueError, match=r"ZeroOne\(\).* predicts 0, and not -1 for anomalous and 1 for normal rows"
+        ):
+            AnomalyClassifier(detector).fit(X, anomalous)
+
+
+def test_a_detector_of_pyod_is_refused_and_can_be_wrapped_as_the_error_says():
+    pyod = pytest.importorskip("pyod.models.knn", reason="pyod is not installed")
+
+    class Wrapped(OutlierMixin, BaseEstimator):
+        def fit(self, X, y=None):
+            self.detector_ = pyod.KNN().fit(X)
+            return self
+
+        def predict(self, X):
+            return 1 - 2 * self.detector_.predict(X)
+
+        def decision_function(self, X):
+            return self.detector_.threshold_ - self.detector_.decision_function(X)
+
+    X, anomalous = labelled_rows()
+    with pytest.raises(ValueError, match=r"predicts 0, and not -1.*threshold_ - decision_function"):
+        AnomalyClassifier(pyod.KNN()).fit(X, anomalous)
+    classifier = AnomalyClassifier(Wrapped()).fit(X, anomalous)
+    alone = pyod.KNN().fit(X[~anomalous])
+    np.testing.assert_array_equal(classifier.predict(X), alone.predict(X) == 1)
+    assert get_scorer("roc_auc")(classifier, X, anomalous) == pytest.approx(
+        auroc(alone.decision_function(X), anomalous)
+    )
+
+
 # ---- metrics
 
 

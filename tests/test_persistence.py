@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -255,6 +256,185 @@ def test_files_that_contradict_themselves_are_refused(changes, message, tmp_path
     DFKDEDetector.load(tmp_path / "d")
     rewrite(tmp_path / "d", **changes)
     with pytest.raises(ValueError, match=message):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+def with_value(tensor, value):
+    changed = tensor.clone()
+    changed.view(-1)[0] = torch.tensor(value, dtype=torch.float64).to(tensor.dtype)
+    return changed
+
+
+VALUES = ("mean", "scale", "components", "singular_values", "max_length", "whitening", "log_volume", "log_jacobian")
+VALUES += ("bandwidth", "support", "residual", "gaussian_residual", "loo_scores", "steepness", "offset")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", VALUES)
+def test_values_with_which_all_would_be_normal_are_refused(name, value, tmp_path):
+    DFKDEDetector(n_components=2, residual="box").fit(rows(8, 4)).save(tmp_path / "d")
+    tensor = safetensors.torch.load_file(tmp_path / "d")[name]
+    rewrite(tmp_path / "d", **{name: with_value(tensor, value)})
+    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["scale", "max_length", "bandwidth", "residual", "gaussian_residual"])
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_lengths_that_are_not_positive_are_refused(name, value, tmp_path):
+    DFKDEDetector(n_components=2, residual="box").fit(rows(8, 4)).save(tmp_path / "d")
+    tensor = safetensors.torch.load_file(tmp_path / "d")[name]
+    rewrite(tmp_path / "d", **{name: with_value(tensor, value)})
+    with pytest.raises(ValueError, match=f"{name} is {value}; allowed: positive"):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize("bad", [1.0, [1.0], None, torch.empty((), dtype=torch.float64, device="meta")])
+def test_a_state_dict_of_other_things_than_tensors_is_refused(bad):
+    model = DFKDEDetector(n_components=2).fit(rows(8, 4)).to_torch()
+    state = dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="bandwidth is not a tensor with its values"):
+        model.load_state_dict(state | {"density.bandwidth": bad})
+    with pytest.raises(RuntimeError, match="bandwidth holds NaN"):
+        model.load_state_dict(state | {"density.bandwidth": torch.tensor(np.nan, dtype=torch.float64)})
+    model.load_state_dict(state)
+
+
+def stage_file(path, stage):
+    detector = DFKDEDetector(stage, n_components=3).fit(pictures(10))
+    detector.save(path)
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("fitted", "crop_pct_", 0, "crop_pct_ of TimmFeatures is 0"),
+        ("fitted", "mean_", {"tuple": [float("nan"), 0.5, 0.5]}, "mean_"),
+        ("fitted", "std_", {"tuple": [0.0, 0.5, 0.5]}, "std_"),
+        ("fitted", "input_size_", {"tuple": [64]}, "input_size_"),
+        ("fitted", "interpolation_", "loudly", "loudly"),
+        ("fitted", "layer_formats_", ["NCHW", "WHCN"], "layer_formats_"),
+        ("fitted", "layer_widths_", [1, 2], "contradictory"),
+        ("fitted", "layers_", ["layer1", "layer9"], "layer9"),
+        ("fitted", "layers_", "layer1", "layers_"),
+        ("fitted", "seed_", "0", "seed_"),
+        ("fitted", "backbone_name_", ["test_resnet"], "backbone_name_"),
+        ("fitted", "_rows", "_rows", "not a fitted attribute"),
+        ("parameters", "cache", "/tmp/elsewhere", "cache"),
+        ("parameters", "device", "cuda", "device"),
+        ("parameters", "image_size", [], "image_size"),
+    ],
+)
+def test_a_feature_stage_that_cannot_be_is_refused(part, name, value, message, tmp_path):
+    stage_file(tmp_path / "d", tiny(layers=["layer1", "layer3"]))
+    described = header_of(tmp_path / "d")["stage"]
+    described[part][name] = value
+    rewrite(tmp_path / "d", stage=described)
+    with pytest.raises(ValueError, match=message):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+def test_a_feature_stage_without_an_attribute_is_refused(tmp_path):
+    stage_file(tmp_path / "d", tiny())
+    whole = header_of(tmp_path / "d")["stage"]
+    for name in whole["fitted"]:
+        rewrite(
+            tmp_path / "d", stage=whole | {"fitted": {key: whole["fitted"][key] for key in {*whole["fitted"]} - {name}}}
+        )
+        with pytest.raises(ValueError, match=name):
+            DFKDEDetector.load(tmp_path / "d")
+
+
+# What is put in the place of a value of the header.
+STRANGE = [None, True, 0, -1, 10**400, 1e308, float("nan"), float("-inf"), "", "tuple", "\ud800", [], [[]], {}]
+STRANGE += [{"tuple": 5}, {"tuple": []}, {"a": {"b": []}}, 2**63, 0.5, ["x"] * 3]
+
+
+def places(document, path=()):
+    """Yield the path to each value of a JSON document."""
+    if path:
+        yield path
+    entries = (
+        document.items() if isinstance(document, dict) else enumerate(document if isinstance(document, list) else ())
+    )
+    for key, value in entries:
+        yield from places(value, (*path, key))
+
+
+def altered(document, path, rng):
+    """Return a copy of a document with another value, or none, at a path."""
+    document = json.loads(json.dumps(document))
+    owner = document
+    for key in path[:-1]:
+        owner = owner[key]
+    if rng.random() < 0.2:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = STRANGE[rng.integers(len(STRANGE))]
+    return document
+
+
+def write_signed(path, header, tensors):
+    data = safetensors.torch.save(tensors, {"dfkde-sklearn": json.dumps(header | {"sha256": "0" * 64})})
+    digest = _persistence.hashlib.sha256(data).hexdigest().encode()
+    Path(path).write_bytes(data.replace(b"0" * 64, digest, 1))
+
+
+def fuzz_files(tmp_path, n, stages):
+    """Change files at random, with a right checksum: loaded as what scores and can be saved, or refused in words."""
+    rng = np.random.default_rng(0)
+    images = pictures(2, 1)
+    for stage in stages:
+        X = rows(10, 4) if stage is None else images
+        (
+            DFKDEDetector(n_components=2, residual="box").fit(rows(10, 4)).save
+            if stage is None
+            else DFKDEDetector(stage, n_components=2).fit(pictures(8)).save
+        )(tmp_path / "whole")
+        header, tensors = header_of(tmp_path / "whole"), safetensors.torch.load_file(tmp_path / "whole")
+        where = [path for path in places(header) if path[0] not in ("sha256", "versions")]
+        for _ in range(n):
+            if rng.random() < 0.6:
+                write_signed(tmp_path / "d", altered(header, where[rng.integers(len(where))], rng), tensors)
+            else:
+                name = list(tensors)[rng.integers(len(tensors))]
+                strange = [
+                    tensors[name].float(),
+                    tensors[name][None],
+                    tensors[name].reshape(-1)[:0],
+                    tensors[name].long() * 0 + 9,
+                ]
+                if tensors[name].numel() and tensors[name].is_floating_point():
+                    strange += [with_value(tensors[name], value) for value in (np.nan, -np.inf, 1e308, 0.0, 1e-320)]
+                write_signed(tmp_path / "d", header, tensors | {name: strange[rng.integers(len(strange))]})
+            try:
+                loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
+            except (ValueError, OSError):  # the latter: weights that are not on this machine
+                continue
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scores = loaded.score_samples(X)
+                labels = loaded.predict(X)
+            assert not (np.isnan(scores) & (labels == 1)).any()
+            loaded.save(tmp_path / "again")
+
+
+def test_a_changed_file_with_a_right_checksum_is_refused_in_words_or_scores(tmp_path):
+    fuzz_files(tmp_path, 40, [None, ScatteringFeatures(scales=2, orientations=4, image_size=32)])
+
+
+@pytest.mark.long
+def test_a_changed_file_with_a_right_checksum_is_refused_in_words_or_scores_at_length(tmp_path):
+    stages = [None, ScatteringFeatures(scales=2, orientations=4, image_size=32), tiny(layers=["layer1", "layer3"])]
+    fuzz_files(tmp_path, 2000, stages)
+
+
+@pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000])
+def test_a_header_that_is_nested_too_deep_is_refused(deep, tmp_path):
+    data = safetensors.torch.save({"mean": torch.ones(1)}, {"dfkde-sklearn": deep})
+    (tmp_path / "d").write_bytes(data)
+    with pytest.raises(ValueError, match="or it is damaged"):
         DFKDEDetector.load(tmp_path / "d")
 
 
