@@ -622,7 +622,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         By more than the rounding of a score, which may differ between batches.
         """
         quantile = self._threshold()
-        n_anomalous = n_leaving(self.contamination, len(fitted_scores))
+        n_anomalous = n_leaving(float(self.contamination), len(fitted_scores))
         fitted_scores = np.sort(fitted_scores.astype(np.float64))
         first_normal = float(fitted_scores[n_anomalous])
         last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)
@@ -806,7 +806,7 @@ def _blocks(table: NDArray[Any]) -> Iterator[NDArray[Any]]:
     return (table[start : start + size] for start in range(0, len(table), size))
 
 
-def _floats(table: NDArray[np.number]) -> NDArray[np.floating]:
+def _floats(table: NDArray[Any]) -> NDArray[np.floating]:
     return table if table.dtype in (np.float64, np.float32) else table.astype(np.float64)
 
 
