@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from numbers import Integral, Real
 from operator import attrgetter, is_
 from os import PathLike
@@ -16,17 +17,21 @@ from scipy.sparse import issparse
 from scipy.special import expit
 from sklearn import get_config
 from sklearn.base import BaseEstimator, OutlierMixin, _fit_context, clone
-from sklearn.utils import check_random_state
+from sklearn.utils import assert_all_finite, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings
-from dfkde_sklearn._training import fit
+from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings, n_leaving
+from dfkde_sklearn._training import copies, fit
 
 if TYPE_CHECKING:
     from dfkde_sklearn._model import DfkdeModel
+
+# Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
+_ROWS = 2**14
+_ENTRIES = 2**20
 
 
 class DFKDEDetector(OutlierMixin, BaseEstimator):
@@ -91,8 +96,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     singular_values_ : ndarray of shape (`n_components_`,), float64
         Singular values of the centred training rows on the axes.
     n_components_ : int
-        Number of components kept: bounded by `n_components`, the rank of the training rows, and the number of rows
-        that are left without one of 20 folds, less one.
+        Number of components kept: bounded by `n_components`, the rank of the training rows, and the number of distinct
+        rows that are left without one of 20 folds, and without those that leave by `contamination`, less one.
     max_length_ : float
         The largest norm of a training row's components, by which "scale" divides.
     bandwidth_ : float
@@ -124,7 +129,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
 
     Rows left out by `max_samples` or `contamination` are scored by the fit itself. `offset_` is the quantile
     `target_fpr` of `loo_scores_`. It holds for new rows that come from where the training rows came from; if several
-    rows show one part, keep them adjacent, so that they share a fold.
+    rows show one part, keep them adjacent, so that they share a fold. Rows that are equal share one wherever they are.
 
     References
     ----------
@@ -221,14 +226,39 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """
+        self._fit(X)
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:
+        """Fit to X, and return +1 for rows of X that are normal and -1 for the anomalous ones.
+
+        Each row is judged by a fit without it: -1 where `loo_scores_` lies below `offset_`. ``fit(X).predict(X)`` would
+        not find the same: there each row is normal by its own kernel. Where `contamination` sets the threshold, rows
+        that left the fit have no kernel, both find the same, and -1 is exactly that share of the rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+        y : None
+            Ignored; there for the interface.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), int64
+        """
+        return self._labels(self._fit(X))
+
+    def _fit(self, X: Any) -> NDArray[np.floating]:
+        """Fit, and return the scores (n,) of the training rows that the threshold parts."""
         table = self._fit_features(X)
-        rows = _tensor(table, self._density_device())
-        n = len(rows)
-        drawn = np.arange(n)
-        if self.max_samples is not None and n > self.max_samples:
-            drawn = np.sort(check_random_state(self.random_state).choice(n, self.max_samples, replace=False))
-        fitted, scores, n_unrefitted = fit(
-            rows if len(drawn) == n else rows[torch.as_tensor(drawn)],
+        groups = copies(table)
+        drawn = np.arange(len(table))
+        if self.max_samples is not None and len(table) > self.max_samples:
+            drawn = np.sort(check_random_state(self.random_state).choice(len(table), self.max_samples, replace=False))
+        training = fit(
+            _tensor(_floats(table if len(drawn) == len(table) else table[drawn]), self._density_device()),
             self.n_components,
             Settings(
                 self.scaling,
@@ -237,23 +267,40 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
                 0.0 if self.contamination == "auto" else float(self.contamination),
                 _working_memory(),
             ),
+            groups[drawn],
         )
-        if n_unrefitted:
+        if training.n_torn:
             warnings.warn(
-                f"{n_unrefitted} of {len(drawn)} training rows cannot be scored by a fit without them: the others "
-                f"span fewer than n_components_={fitted.density.axes.shape[1]} dimensions. The threshold and the "
-                "p-values may be far off on new rows. Use fewer components or more distinct rows.",
+                f"{training.n_torn} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
+                "share a fold, so that the threshold holds for new rows, but each has its kernel in the density. "
+                "Leave them out unless they are meant.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        self._keep(fitted)
-        self.loo_scores_ = self._scores_of_all(fitted, rows, drawn, scores)
+        if training.n_unrefitted:
+            n_components = training.fitted.density.axes.shape[1]
+            warnings.warn(
+                f"{training.n_unrefitted} of {len(drawn)} training rows cannot be scored by a fit without them: the "
+                f"others span fewer than n_components_={n_components} dimensions. The threshold and the p-values may "
+                "be far off on new rows. Use fewer components or more distinct rows.",
+                UserWarning,
+                stacklevel=4,
+            )
+        self._keep(training.fitted)
+        self.loo_scores_ = self._scores_of_all(table, groups.numpy(), drawn, training.loo_scores.cpu().numpy())
         self.classes_ = np.array([-1, 1])
-        self.offset_ = self._threshold(rows)
-        return self
+        if self.contamination == "auto" or self.threshold_offset != "auto":
+            self.offset_ = self._threshold()
+            return self.loo_scores_
+        fitted_scores = self._scores(table)
+        self.offset_ = self._threshold_between(fitted_scores)
+        return fitted_scores
 
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Return +1 for normal and -1 for anomalous rows.
+
+        For new rows, and not for those of the fit: each of these has a kernel of its own, by which it is normal.
+        :meth:`fit_predict` finds the anomalous ones among them.
 
         Parameters
         ----------
@@ -265,8 +312,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ndarray of shape (n_samples,), int64
             +1 where `decision_function` is 0 or more, else -1.
         """
-        # Asked so that NaN is not normal.
-        return np.where(self.decision_function(X) >= 0, 1, -1)
+        return self._labels(self.score_samples(X))
 
     def predict_proba(self, X: Any) -> NDArray[np.floating]:
         """Return the probabilities of being anomalous and normal.
@@ -283,7 +329,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ndarray of shape (n_samples, 2), dtype of the features
             Columns in the order of `classes_`: ``[:, 0]`` is P(anomalous).
         """
-        odds = self.threshold_steepness * self.decision_function(X)
+        with np.errstate(over="ignore"):  # infinite odds are a probability of 1
+            odds = self.threshold_steepness * self.decision_function(X)
         return np.column_stack([expit(-odds), expit(odds)])
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
@@ -323,9 +370,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ndarray of shape (n_samples,), dtype of the features
             Nats; higher is more normal.
         """
-        scores = self.score_samples(X)
-        # In float64, since a threshold rounded to float32 may fall on the wrong side of a score.
-        return (scores.astype(np.float64) - self.offset_).astype(scores.dtype)
+        return self._decisions(self.score_samples(X))
 
     def score_samples(self, X: Any) -> NDArray[np.floating]:
         """Return the log density of each row.
@@ -339,14 +384,15 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         -------
         ndarray of shape (n_samples,), dtype of the features
             Natural log of the density of the scaled principal components, with the residual term where `residual`
-            asks for one; higher is more normal.
+            asks for one; higher is more normal. Finite, however far out a row lies; below the lowest number of
+            the dtype all are that number.
 
         Raises
         ------
         ValueError
             If X has other features than in `fit`, NaN or infinities.
         """
-        return self._log_density(X).cpu().numpy()
+        return self._log_density(X)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Return the mean log density of the rows in the whole feature space.
@@ -372,7 +418,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ----------
         .. [1] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
         """
-        return float(self._log_density(X, full=True).mean())
+        log_densities = self._log_density(X, full=True)
+        return float((log_densities / len(log_densities)).sum())  # the sum of the lowest numbers would overflow
 
     def to_torch(self) -> DfkdeModel:
         """Return the fitted detector as a torch module.
@@ -554,30 +601,40 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         write_program(self, path, image_shape, check)
 
     def _scores_of_all(
-        self, fitted: FeatureDensity, rows: Tensor, drawn: NDArray[np.int64], scores: Tensor
+        self,
+        table: NDArray[np.number],
+        groups: NDArray[np.int64],
+        drawn: NDArray[np.int64],
+        scores: NDArray[np.floating],
     ) -> NDArray[np.floating]:
         """Return the scores of the drawn rows, and of the others by the fit, which has not seen them."""
-        others = np.setdiff1d(np.arange(len(rows)), drawn, assume_unique=True)
-        if len(others):
-            of_others = fitted.log_density(rows[torch.as_tensor(others)], _working_memory())
-            scores = torch.cat([scores, of_others])[torch.as_tensor(np.argsort(np.concatenate([drawn, others])))]
-        return scores.cpu().numpy()
+        if len(drawn) == len(table):
+            return scores
+        others = np.setdiff1d(np.arange(len(table)), drawn, assume_unique=True)
+        of_all = np.empty(len(table), scores.dtype)
+        of_all[drawn] = scores
+        of_all[others] = self._scores(table, others)
+        # The fit has seen those that equal a drawn row.
+        seen, first = np.unique(groups[drawn], return_index=True)
+        again = others[np.isin(groups[others], seen)]
+        of_all[again] = scores[first[np.searchsorted(seen, groups[again])]]
+        return of_all
 
-    def _threshold(self, rows: Tensor) -> float:
+    def _threshold(self) -> float:
         if self.threshold_offset != "auto":
             return float(self.threshold_offset)
-        scores = self.loo_scores_.astype(np.float64)
         share = self.target_fpr if self.contamination == "auto" else self.contamination
         # Of the estimates of a quantile the one that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
-        quantile = float(np.quantile(scores, share, method="median_unbiased"))
-        if self.contamination == "auto":
-            return quantile
-        # Above the rows that are to be flagged and below the others, as this fit scores them; by more than the
-        # rounding of a score, which may differ between batches.
-        n_anomalous = round(self.contamination * len(scores))
-        fitted_scores = np.sort(
-            self._fitted(rows.dtype, rows.device).log_density(rows, _working_memory()).double().cpu().numpy()
-        )
+        return float(np.quantile(self.loo_scores_.astype(np.float64), share, method="median_unbiased"))
+
+    def _threshold_between(self, fitted_scores: NDArray[np.floating]) -> float:
+        """Return the threshold above the rows that are to be flagged and below the others, as the fit scores them.
+
+        By more than the rounding of a score, which may differ between batches.
+        """
+        quantile = self._threshold()
+        n_anomalous = n_leaving(float(self.contamination), len(fitted_scores))
+        fitted_scores = np.sort(fitted_scores.astype(np.float64))
         first_normal = float(fitted_scores[n_anomalous])
         last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)
         rounding = 16 * float(np.finfo(self.loo_scores_.dtype).eps) * max(1.0, abs(last), abs(first_normal))
@@ -585,6 +642,14 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             return first_normal - rounding  # a tie: rows of one score are of one kind
         margin = min(256 * rounding, (first_normal - last) / 2)
         return min(max(quantile, last + margin), first_normal - margin)
+
+    def _labels(self, scores: NDArray[np.floating]) -> NDArray[np.int64]:
+        # Asked so that NaN is not normal.
+        return np.where(self._decisions(scores) >= 0, 1, -1)
+
+    def _decisions(self, scores: NDArray[np.floating]) -> NDArray[np.floating]:
+        # In float64, since a threshold rounded to float32 may fall on the wrong side of a score.
+        return (scores.astype(np.float64) - self.offset_).astype(scores.dtype)
 
     def _keep(self, fitted: FeatureDensity) -> None:
         """Set the fitted attributes, as NumPy arrays and plain numbers in the units of the features."""
@@ -633,15 +698,27 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         _ready[self] = _Ready(fitted, dtype, device, parts)
         return fitted
 
-    def _log_density(self, X: Any, *, full: bool = False) -> Tensor:
+    def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)
         table = self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
-        rows = _tensor(table, self._density_device())
-        fitted = self._fitted(rows.dtype, rows.device)
-        with torch.inference_mode():
-            return fitted.log_density(rows, _working_memory(), full=full)
+        return self._scores(table, full=full)
 
-    def _fit_features(self, X: Any) -> NDArray[np.floating]:
+    @torch.inference_mode()
+    def _scores(
+        self, table: NDArray[np.number], places: NDArray[np.int64] | None = None, *, full: bool = False
+    ) -> NDArray[np.floating]:
+        """Return the log density of each row of a table, or of those at `places`."""
+        device = self._density_device()
+        n = len(table) if places is None else len(places)
+        parts = []
+        # In blocks, as rows may have to be converted, copied, and moved to the device.
+        for start in range(0, n, _ROWS):
+            block = slice(start, start + _ROWS)
+            rows = _tensor(_floats(table[block] if places is None else table[places[block]]), device)
+            parts.append(self._fitted(rows.dtype, device).log_density(rows, _working_memory(), full=full))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+
+    def _fit_features(self, X: Any) -> NDArray[np.number]:
         """Fit the feature stage and return the feature matrix."""
         if self.features is None or (isinstance(self.features, str) and _is_matrix(X)):
             self.features_ = None
@@ -654,7 +731,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             self.features_ = clone(self.features)
         return self._validated(self.features_.fit_transform(X), reset=True)
 
-    def _validated(self, X: Any, *, reset: bool) -> NDArray[np.floating]:
+    def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]:
         if not reset and self._is_valid(X):
             return X
         if not _is_matrix(X):
@@ -666,18 +743,30 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         if isinstance(X, Tensor):
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-        return validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1)
+        is_kept = isinstance(X, np.ndarray) and _is_of_numbers(X)
+        table = validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=None if is_kept else [np.float64, np.float32],
+            ensure_all_finite=not is_kept,
+            ensure_min_samples=2 if reset else 1,
+        )
+        if is_kept:
+            for block in _blocks(table):
+                assert_all_finite(block, estimator_name=type(self).__name__, input_name="X")
+        return table
 
     def _is_valid(self, X: Any) -> bool:
         """Tell what scikit-learn's validation would return as it is, which takes it longer than to score a few rows."""
         return (
             type(X) is np.ndarray
             and X.ndim == 2
-            and X.dtype in (np.float64, np.float32)
+            and _is_of_numbers(X)
             and X.shape[1] == self.n_features_in_
             and len(X) > 0
             and not hasattr(self, "feature_names_in_")
-            and bool(np.isfinite(X).all())
+            and all(np.isfinite(block).all() for block in _blocks(X))
         )
 
     def _density_device(self) -> torch.device:
@@ -716,6 +805,21 @@ def _is_matrix(X: Any) -> bool:
         values = np.asarray(X)
         return values.dtype.kind in "biufc" or _is_matrix(list(values))
     return True
+
+
+def _is_of_numbers(table: NDArray[Any]) -> bool:
+    """Tell whether an array can stay as it is until blocks of its rows are converted to float64."""
+    return table.dtype.kind in "biuf" and table.dtype.itemsize <= 8 and table.dtype.isnative
+
+
+def _blocks(table: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Return rows of a table, block by block, so that what is made of all its entries takes little memory."""
+    size = max(1, _ENTRIES // max(1, table.shape[1]))
+    return (table[start : start + size] for start in range(0, len(table), size))
+
+
+def _floats(table: NDArray[Any]) -> NDArray[np.floating]:
+    return table if table.dtype in (np.float64, np.float32) else table.astype(np.float64)
 
 
 def _depth(X: Any) -> int:

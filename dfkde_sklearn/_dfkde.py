@@ -31,6 +31,11 @@ from dfkde_sklearn._reduction import (
 )
 from dfkde_sklearn._threads import product, run_in_turn, run_on_single_cores
 
+# Whitened rows that nearly span their axes lie equally far from one another, whatever each is like: with so many rows
+# an axis or more, a row from elsewhere is by far the farthest.
+_ROWS_AN_AXIS = 3
+# Farther from the mean, in units of the largest training entry, sums of squares might overflow.
+_FARTHEST = 1e150
 # Rows scored at a time: enough to pay for a call, and few enough that copies of their coordinates take little memory.
 _ROWS = 2**14
 
@@ -63,6 +68,7 @@ class Units(NamedTuple):
     scale : float, the factor that took the features to the units of the rows.
     noise : float, the largest singular value that rounding can make, in the units of the rows.
     beyond : Tensor (2,), sum and sum of squares of the eigenvalues of the scatter matrix that the rows lack.
+    offset : float, the squared length of the mean of the features, in the units of the rows.
     dtype : torch.dtype, in which densities are computed.
     """
 
@@ -70,6 +76,7 @@ class Units(NamedTuple):
     scale: float
     noise: float
     beyond: Tensor
+    offset: float
     dtype: torch.dtype
 
 
@@ -131,19 +138,20 @@ class RowDensity:
         log_densities = self.kernel_log_density(whitened, working_memory).double() + self.log_jacobian
         if self.gaussian_residual is not None:
             log_densities += self.gaussian_residual.log_density(squared_distances)
-        return log_densities
+        return finite(log_densities)
 
-    def leave_one_out(self, rows: Tensor, working_memory: int, beyond: Tensor | float = 0.0) -> Tensor:
+    def leave_one_out(self, rows: Tensor, units: Units, working_memory: int) -> Tensor:
         """Return the log density of each row under kernels around all the others, on these axes."""
         coordinates, squared_distances = self.split(rows)
         log_densities = leave_one_out(self.whiten(coordinates), self.bandwidth, working_memory=working_memory)
-        return self.with_residual(log_densities + self.log_volume, squared_distances + beyond)
+        squared_distances = beyond_rounding(squared_distances, coordinates, units.offset, units.dtype)
+        return self.with_residual(log_densities + self.log_volume, squared_distances)
 
     def with_residual(self, log_densities: Tensor, squared_distances: Tensor) -> Tensor:
         """Return the log densities with the residual term of the squared distances, where there is one."""
-        if self.residual is None:
-            return log_densities
-        return log_densities + self.residual.log_density(squared_distances).to(log_densities.dtype)
+        if self.residual is not None:
+            log_densities = log_densities + self.residual.log_density(squared_distances).to(log_densities.dtype)
+        return finite(log_densities)
 
     def project(self, rows: Tensor) -> Tensor:
         """Return the coordinates (n, d) of rows on the axes."""
@@ -158,7 +166,9 @@ class RowDensity:
 
     def whiten(self, coordinates: Tensor) -> Tensor:
         """Return coordinates (n, d) scaled and whitened, in the dtype of the support."""
-        return product(scaled(coordinates, self.scaling, self.max_length), self.whitening).to(self.support.dtype)
+        whitened = product(scaled(coordinates, self.scaling, self.max_length), self.whitening)
+        largest = torch.finfo(self.support.dtype).max
+        return whitened.clamp_(-largest, largest).to(self.support.dtype)
 
     def in_features(self, whole: Span) -> RowDensity:
         """Return the same density of rows of features, of which these rows are the coordinates on their span.
@@ -206,11 +216,15 @@ class FeatureDensity:
 
         None of the distances, which cost as much as all else, where there is no residual term.
         """
+        offset = float((self.mean * self.scale).square().sum()) if has_residual else 0.0
 
         def taken_apart(first: int, last: int) -> tuple[Tensor, Tensor]:
             block = rows.rows(first, last)
+            if rows.X.dtype == torch.float64:  # numbers of float32 have squares in float64, whatever their scale
+                block = _in_reach(block)
             if has_residual:
                 coordinates, squared_distances = self.density.split(block)
+                squared_distances = beyond_rounding(squared_distances, coordinates, offset, rows.X.dtype)
             else:
                 coordinates, squared_distances = self.density.project(block), block[:0, 0]
             return self.density.whiten(coordinates), squared_distances
@@ -257,23 +271,34 @@ def row_density(
     `pairs` are all eigenpairs of the scatter matrix, where they are known.
 
     With a contamination, the rows of lowest density, each without its own kernel, leave the fit: first the principal
-    axes, then, ranked again on the new axes, the kernels.
+    axes, then, ranked again on the new axes, the kernels. Densities of few rows are ranked on few axes.
     """
     found = principal_axes(rows, n_components, units.noise, scatter, pairs)
     if found.axes.shape[1] == 0:
         return None
-    density = _kernels(found, scatter.new_zeros(rows.width), settings, units)
-    n_kept = len(rows) - round(settings.contamination * len(rows))
+    mean = scatter.new_zeros(rows.width)
+    n_kept = len(rows) - n_leaving(settings.contamination, len(rows))
     if n_kept == len(rows):
-        return TrimmedDensity(density, torch.ones(n_kept, dtype=torch.bool, device=scatter.device))
+        kept = torch.ones(n_kept, dtype=torch.bool, device=scatter.device)
+        return TrimmedDensity(_kernels(found, mean, settings, units), kept)
     table = rows.rows()
-    normal, centre = rows.take(_highest(density.leave_one_out(table, settings.working_memory), n_kept))
+
+    def without_lowest(axes: PrincipalAxes, centre: Tensor) -> Tensor:
+        ranking = _kernels(axes.first(max(1, n_kept // _ROWS_AN_AXIS)), centre, settings, units)
+        return _highest(ranking.leave_one_out(table, units, settings.working_memory), n_kept)
+
+    normal, centre = rows.take(without_lowest(found, mean))
     found = principal_axes(normal, n_components, units.noise)
     if found.axes.shape[1] == 0:
         return None
+    kept = without_lowest(found, centre)
     density = _kernels(found, centre, settings, units)
-    kept = _highest(density.leave_one_out(table, settings.working_memory), n_kept)
     return TrimmedDensity(replace(density, support=density.whiten(density.split(table[kept])[0])), kept)
+
+
+def n_leaving(contamination: float, n: int) -> int:
+    """Return how many of `n` training rows leave a fit with this contamination."""
+    return round(contamination * n)
 
 
 def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Units) -> RowDensity:
@@ -357,6 +382,31 @@ def residual_term(kind: Residual, total: float, squares: float, n: int, d: int, 
     return ResidualTerm(spread, log_height)
 
 
+def beyond_rounding(
+    squared_distances: Tensor, coordinates: Tensor, offset: Tensor | float, dtype: torch.dtype
+) -> Tensor:
+    """Return squared distances from the axes less what rounding alone can make of them, at least 0.
+
+    Where the axes span all training rows, the smallest distance is worth many nats, and rounding differs between
+    batches.
+
+    Parameters
+    ----------
+    squared_distances : Tensor (n,)
+    coordinates : Tensor (n, d), of the same rows on the axes.
+    offset : Tensor (), or float, the squared length of the mean, which was taken off the rows.
+    dtype : torch.dtype, that the rows came in.
+    """
+    squared_lengths = coordinates.square().sum(1) + squared_distances + offset
+    rounding = (1 + coordinates.shape[1]) * (4 * torch.finfo(dtype).eps) ** 2
+    return (squared_distances - rounding * squared_lengths).clamp_min(0)
+
+
+def finite(log_densities: Tensor) -> Tensor:
+    """Return log densities, of which those below the lowest number of their dtype are that number."""
+    return log_densities.clamp_min(torch.finfo(log_densities.dtype).min)
+
+
 def scaled(coordinates: Tensor, scaling: Scaling, max_length: float) -> Tensor:
     """Return coordinates (n, d) divided by `max_length` ("scale"), by their own norms ("norm"), or as they are."""
     if scaling == "scale":
@@ -366,6 +416,14 @@ def scaled(coordinates: Tensor, scaling: Scaling, max_length: float) -> Tensor:
         lengths = coordinates.norm(dim=1, keepdim=True)
         return coordinates / torch.where(lengths > 0, lengths, 1.0)
     return coordinates
+
+
+def _in_reach(rows: Tensor) -> Tensor:
+    """Return centred rows, of which those whose squares overflow are drawn nearer to the mean."""
+    if max(abs(float(x)) for x in rows.aminmax()) <= _FARTHEST:
+        return rows
+    rows = rows.nan_to_num()  # which makes infinities the largest numbers
+    return rows * (_FARTHEST / rows.abs().amax(1, keepdim=True)).clamp_max(1)
 
 
 def _highest(log_densities: Tensor, n_kept: int) -> Tensor:

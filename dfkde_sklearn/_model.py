@@ -19,12 +19,21 @@ from torch import Tensor, nn
 
 from dfkde_sklearn._backbones import weights_hash
 from dfkde_sklearn._density import WORKING_MEMORY, scott_bandwidth
-from dfkde_sklearn._dfkde import FeatureDensity, ResidualTerm, RowDensity, Scaling, Settings, scaled
+from dfkde_sklearn._dfkde import (
+    FeatureDensity,
+    ResidualTerm,
+    RowDensity,
+    Scaling,
+    Settings,
+    beyond_rounding,
+    finite,
+    scaled,
+)
 from dfkde_sklearn._features import TimmFeatures, image_transform
 from dfkde_sklearn._images import Images, as_images, image_batches
 from dfkde_sklearn._layers import embedding, pooled
 from dfkde_sklearn._scattering import ScatteringFeatures, grey_levels
-from dfkde_sklearn._training import fit
+from dfkde_sklearn._training import copies, fit
 
 if TYPE_CHECKING:
     from dfkde_sklearn._detector import DFKDEDetector
@@ -156,7 +165,7 @@ class DensityBuffers(nn.Module):
             log_densities = on_device.new_empty(0)
         else:
             log_densities = self.fitted(features.dtype).log_density(on_device, WORKING_MEMORY)
-        return log_densities.to(features)
+        return finite(log_densities.to(features))
 
     def traceable_log_density(self, features: Tensor) -> Tensor:
         """Return the same in float64, by few operations on whole tensors, that can be traced and differentiated.
@@ -181,6 +190,8 @@ class DensityBuffers(nn.Module):
         log_densities = log_sums + (self.log_volume - d * self.bandwidth.log() - log_count)
         if len(self.residual):
             squared_distances = (centred - coordinates @ self.components).square().sum(1)
+            offset = (self.mean * self.scale).square().sum()
+            squared_distances = beyond_rounding(squared_distances, coordinates, offset, features.dtype)
             log_densities = log_densities + self.residual[1] - squared_distances / (2 * self.residual[0])
         return log_densities
 
@@ -623,7 +634,8 @@ class DfkdeModel(nn.Module):
         if self.filter_count and len(rows) > self.filter_count:
             drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SEED))[: self.filter_count]
             rows = rows[drawn.sort().values.to(rows.device)]
-        training = fit(rows, self.n_components, Settings(self.pre_processing, "scott", None, 0.0, WORKING_MEMORY))
+        settings = Settings(self.pre_processing, "scott", None, 0.0, WORKING_MEMORY)
+        training = fit(rows, self.n_components, settings, copies(rows.cpu().numpy()))
         self.density.keep(training.fitted, training.loo_scores)
         return True
 

@@ -84,19 +84,22 @@ class CentredRows:
         # Scaled before the mean is taken off: the difference of two numbers near the largest float may overflow.
         return self.X[start:stop].to(torch.float64, copy=True).mul_(self.scale).sub_(self.mean * self.scale)
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Return the rows from `start` to `stop`, block by block."""
-        stop = len(self) if stop is None else stop
-        return (self.rows(i, min(i + self.block_rows, stop)) for i in range(start, stop, self.block_rows))
+    def part(self, where: slice | Tensor) -> CentredRows:
+        """Return the rows at the places `where`, a slice or indices, about the same mean."""
+        return replace(self, X=self.X[where])
 
-    def total(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the sum of the rows from `start` to `stop`, of shape (width,)."""
-        return _sum((block.sum(0) for block in self.blocks(start, stop)), self.mean.new_zeros(self.width))
+    def blocks(self) -> Iterator[Tensor]:
+        """Return the rows, block by block."""
+        return (self.rows(i, i + self.block_rows) for i in range(0, len(self), self.block_rows))
+
+    def total(self) -> Tensor:
+        """Return the sum of the rows, of shape (width,)."""
+        return _sum((block.sum(0) for block in self.blocks()), self.mean.new_zeros(self.width))
 
     @_on_one_core_if_small
-    def scatter(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the sum of outer products of the rows from `start` to `stop`, of shape (width, width)."""
-        return _sum_of_grams(self.blocks(start, stop), self.mean.new_zeros(self.width, self.width))
+    def scatter(self) -> Tensor:
+        """Return the sum of outer products of the rows, of shape (width, width)."""
+        return _sum_of_grams(self.blocks(), self.mean.new_zeros(self.width, self.width))
 
     def project(self, axes: Tensor) -> Tensor:
         """Return the coordinates of the rows on the columns of `axes`, of shape (n, d)."""
@@ -104,7 +107,7 @@ class CentredRows:
 
     def take(self, kept: Tensor) -> tuple[CentredRows, Tensor]:
         """Return the rows where the mask `kept` (n,) is true, centred again, and the mean that took, (width,)."""
-        rows = replace(self, X=self.X[kept])
+        rows = self.part(kept)
         mean = rows.total() / len(rows)
         return replace(rows, mean=self.mean + mean / self.scale), mean
 
@@ -163,6 +166,12 @@ class PrincipalAxes(NamedTuple):
     coordinates: Tensor
     singular_values: Tensor
     left_out: Tensor
+
+    def first(self, d: int) -> PrincipalAxes:
+        """Return the first `d` of the axes, or all where there are fewer."""
+        rest = self.singular_values[d:].square()
+        left_out = self.left_out + torch.stack([rest.sum(), rest.square().sum()])
+        return PrincipalAxes(self.axes[:, :d], self.coordinates[:, :d], self.singular_values[:d], left_out)
 
 
 class EigenPairs(NamedTuple):

@@ -7,17 +7,28 @@ axes that hold for new rows.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings, TrimmedDensity, Units, residual_term, row_density
+from dfkde_sklearn._dfkde import (
+    FeatureDensity,
+    RowDensity,
+    Settings,
+    TrimmedDensity,
+    Units,
+    beyond_rounding,
+    n_leaving,
+    residual_term,
+    row_density,
+)
 from dfkde_sklearn._reduction import (
     CentredRows,
     EigenPairs,
@@ -47,6 +58,7 @@ _MIN_SIGNAL = 1.25
 # Multiplications for a fold's scatter matrix and pairs of its rows, under which threads of Python would only wait for
 # one another.
 _SMALL_FOLD = 2**19
+_HASHED_AT_ONCE = 1024
 # So many rows that a fit has not seen tell their variances to one or two per cent.
 _ENOUGH = 8192
 
@@ -59,11 +71,13 @@ class Training(NamedTuple):
     fitted : FeatureDensity.
     loo_scores : Tensor (n,), the log density of each training row from a fit without it.
     n_unrefitted : int, rows for which only their own kernel could be left out.
+    n_torn : int, rows that would not be in the fold of the first row of their group if folds were consecutive rows.
     """
 
     fitted: FeatureDensity
     loo_scores: Tensor
     n_unrefitted: int
+    n_torn: int
 
 
 class NarrowRows(NamedTuple):
@@ -72,30 +86,35 @@ class NarrowRows(NamedTuple):
     rows : CentredRows (n, width).
     beyond : Tensor (n,), squared distances of the rows from what they are in all columns.
     units : Units, of the rows.
-    pairs : dict, by the start of a fold all eigenpairs of the others' scatter matrix, of folds where they were needed.
+    groups : Tensor (n,), as `folds` takes them, or None.
+    pairs : dict, by the number of a fold all eigenpairs of the others' scatter matrix, of folds where they were needed.
     """
 
     rows: CentredRows
     beyond: Tensor
     units: Units
+    groups: Tensor | None
     pairs: dict[int, EigenPairs]
 
     def take(self, kept: Tensor) -> NarrowRows:
         """Return the rows where the mask `kept` (n,) is true."""
         rows, _ = self.rows.take(kept)
-        return NarrowRows(rows, self.beyond[kept], self.units, {})
+        groups = None if self.groups is None else self.groups[kept]
+        return NarrowRows(rows, self.beyond[kept], self.units, groups, {})
 
 
 class Fold(NamedTuple):
-    """Consecutive rows that are left out, and the others.
+    """Rows that are left out, and the others.
 
-    run : slice, where the rows are.
-    held_out : Tensor (stop - start, width), the rows, about the mean of the others.
+    number : int, of the fold.
+    where : slice or Tensor, where the rows are.
+    held_out : Tensor (n, width), the rows, about the mean of the others.
     others : CentredRows.
     scatter : Tensor (width, width), of the others.
     """
 
-    run: slice
+    number: int
+    where: slice | Tensor
     held_out: Tensor
     others: CentredRows
     scatter: Tensor
@@ -145,11 +164,11 @@ class UnseenSpectrum(NamedTuple):
         return float(rest.sum()) + self.beyond, float(rest.square().sum()) + squares
 
 
-def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings) -> Training:
+def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings, of_rows: Tensor) -> Training:
     """Fit the density to the training rows `X` (n, n_features), float32 or float64.
 
     `n_components` is the largest number of principal axes, the share of variance that they hold, or "auto": as many as
-    hold for rows that a fit has not seen.
+    hold for rows that a fit has not seen. Rows for which `of_rows` (n,), int64, holds the same number share a fold.
 
     Raises
     ------
@@ -157,20 +176,22 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
         If the rows do not differ.
     """
     n, n_features = X.shape
+    n_moved = n_torn(of_rows)
+    groups = of_rows.to(X.device) if n_moved else None
     whole = span(X, settings.working_memory)
     scatter = whole.rows.scatter()
-    units = Units(n_features, whole.scale, whole.noise, scatter.new_zeros(2), X.dtype)
+    offset = float((whole.mean * whole.scale).square().sum())
+    units = Units(n_features, whole.scale, whole.noise, scatter.new_zeros(2), offset, X.dtype)
     narrow = None
     if isinstance(n_components, str):
-        narrow = narrowed(whole.rows, scatter, FOLD_WIDTH, units)
+        narrow = narrowed(whole.rows, scatter, FOLD_WIDTH, units, groups)
         n_sought: int | float = unseen_spectrum(narrow, units.noise, settings).n_predicted(n_features)
         if narrow.rows.width < whole.rows.width:
             n_sought = min(n_sought, FOLD_WIDTH // _KEPT_SHARE)
     else:
         n_sought = n_components
     found = row_density(whole.rows, scatter, n_sought, settings, units)
-    # The most axes that rows in general position have without a fold.
-    most = max(1, n - math.ceil(n / min(N_FOLDS, n)) - 1)
+    most = max(1, n_spanned(n, groups, settings.contamination))
     if found is not None and found.density.axes.shape[1] > most:
         found = row_density(whole.rows, scatter, most, settings, units)
     if found is None:
@@ -180,41 +201,98 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
         )
     width = max(FOLD_WIDTH, _KEPT_SHARE * found.density.axes.shape[1])
     if narrow is None or narrow.rows.width < min(width, whole.rows.width):
-        narrow = narrowed(whole.rows, scatter, width, units)
+        narrow = narrowed(whole.rows, scatter, width, units, groups)
     scores = cross_fitted(narrow, found, settings)
     density = with_unseen_residuals(found, scores, narrow, settings, units)
     log_densities = density.with_residual(scores.log_densities, scores.squared_distances)
     if len(unscored := scores.squared_distances.isnan().nonzero()[:, 0]):
-        log_densities[unscored] = density.leave_one_out(whole.rows.rows(), settings.working_memory)[unscored]
+        log_densities[unscored] = density.leave_one_out(whole.rows.rows(), units, settings.working_memory)[unscored]
     fitted = FeatureDensity(whole.mean, whole.scale, density.in_features(whole))
-    return Training(fitted, log_densities, len(unscored))
+    return Training(fitted, log_densities, len(unscored), n_moved)
 
 
-def narrowed(rows: CentredRows, scatter: Tensor, width: int, units: Units) -> NarrowRows:
+def copies(table: NDArray[np.number]) -> Tensor:
+    """Return for each row of a table (n, n_features) the place of the first row that equals it, (n,), int64."""
+    first: dict[int, int] = {}
+
+    def hashes() -> Iterator[int]:
+        for start in range(0, len(table), _HASHED_AT_ONCE):
+            # Adding zero makes one number of 0 and -0.
+            yield from (hash(row.tobytes()) for row in table[start : start + _HASHED_AT_ONCE] + 0.0)
+
+    # Rows that differ and have one hash, of 64 bits, do no harm: they share a fold.
+    return torch.tensor([first.setdefault(of_row, i) for i, of_row in enumerate(hashes())])
+
+
+def runs(n: int) -> list[slice]:
+    """Return `N_FOLDS` runs of `n` consecutive places; `n` of them where that is fewer."""
+    n_runs = min(N_FOLDS, n)
+    return [slice(*ends) for ends in pairwise(round(i * n / n_runs) for i in range(n_runs + 1))]
+
+
+def folds(n: int, groups: Tensor | None = None) -> Sequence[slice | Tensor]:
+    """Return where the rows of each fold are: runs of consecutive rows.
+
+    Where `groups` (n,) holds a number for each row, folds are runs of groups, in order of their numbers: rows of one
+    group share a fold.
+    """
+    if groups is None:
+        return runs(n)
+    numbers, group = groups.unique(return_inverse=True)
+    return [((run.start <= group) & (group < run.stop)).nonzero()[:, 0] for run in runs(len(numbers))]
+
+
+def n_torn(groups: Tensor) -> int:
+    """Return how many rows lie in another run of consecutive rows than the first row of their group (n,)."""
+    places = torch.arange(len(groups))
+    _, group = groups.unique(return_inverse=True)
+    first = places.new_full((int(group.max()) + 1,), len(groups)).scatter_reduce(0, group, places, "amin")
+    run_of = torch.cat([torch.full((run.stop - run.start,), i) for i, run in enumerate(runs(len(groups)))])
+    return int((run_of != run_of[first[group]]).sum())
+
+
+def n_spanned(n: int, groups: Tensor | None, contamination: float) -> int:
+    """Return the number of axes that training rows in general position have without any one fold.
+
+    Rows of a group count as one, and a contamination takes its share off them.
+    """
+    numbers = torch.arange(n) if groups is None else groups
+    n_groups = len(numbers.unique())
+
+    def n_left(where: slice | Tensor) -> int:
+        held_out = numbers[where]
+        return n_groups - len(held_out.unique()) - n_leaving(contamination, n - len(held_out))
+
+    return min(map(n_left, folds(n, groups))) - 1
+
+
+def narrowed(rows: CentredRows, scatter: Tensor, width: int, units: Units, groups: Tensor | None) -> NarrowRows:
     """Return the rows on at most `width` of their first axes."""
     if rows.width <= width:
-        return NarrowRows(rows, scatter.new_zeros(len(rows)), units, {})
+        return NarrowRows(rows, scatter.new_zeros(len(rows)), units, groups, {})
     leading = principal_axes(rows, width, units.noise, scatter)
     beyond = torch.cat([(block - (block @ leading.axes) @ leading.axes.T).square().sum(1) for block in rows.blocks()])
     on_axes = CentredRows(leading.coordinates, scatter.new_zeros(leading.axes.shape[1]), 1.0, rows.block_rows)
-    return NarrowRows(on_axes, beyond, units._replace(beyond=leading.left_out), {})
+    return NarrowRows(on_axes, beyond, units._replace(beyond=leading.left_out), groups, {})
 
 
-def of_folds(rows: CentredRows, look: Callable[[Fold], _Found], working_memory: int) -> list[_Found]:
-    """Return what `look` makes of each of `N_FOLDS` runs of consecutive rows; of fewer where there are fewer rows.
+def of_folds(
+    rows: CentredRows, look: Callable[[Fold], _Found], working_memory: int, groups: Tensor | None = None
+) -> list[_Found]:
+    """Return what `look` makes of each of the `folds` of the rows.
 
     On the CPU several folds at a time, each on one core, where `working_memory` allows as many as keep half the cores
     busy.
     """
     n, width = len(rows), rows.width
-    n_folds = min(N_FOLDS, n)
-    runs = [slice(*ends) for ends in pairwise(round(i * n / n_folds) for i in range(n_folds + 1))]
+    places = folds(n, groups)
+    n_folds = len(places)
     # Summed over the other folds, not subtracted from the whole: a far outlier's square would swallow the rest.
-    scatters = _sums_of_others([rows.scatter(run.start, run.stop) for run in runs])
+    scatters = _sums_of_others([rows.part(where).scatter() for where in places])
     found: dict[int, _Found] = {}
 
     def look_at(i: int) -> None:
-        found[i] = look(_fold(rows, runs[i], scatters[i]))
+        found[i] = look(_fold(rows, i, places[i], scatters[i]))
 
     # The rows, the scatter matrix, its eigenvectors, and what their computation takes.
     n_at_once = working_memory // (8 * width * (n + 5 * width))
@@ -226,14 +304,14 @@ def of_folds(rows: CentredRows, look: Callable[[Fold], _Found], working_memory: 
     return [found[i] for i in range(n_folds)]
 
 
-def _fold(rows: CentredRows, run: slice, others_scatter: Tensor) -> Fold:
+def _fold(rows: CentredRows, number: int, where: slice | Tensor, others_scatter: Tensor) -> Fold:
     in_others = torch.ones(len(rows), dtype=torch.bool, device=others_scatter.device)
-    in_others[run] = False
+    in_others[where] = False
     others, mean = rows.take(in_others)
     others_centred = others_scatter - len(others) * torch.outer(mean, mean)
     if others_centred.trace() < _CENTRING_LIMIT * others_scatter.trace():
         others_centred = others.scatter()
-    return Fold(run, rows.rows(run.start, run.stop) - mean, others, others_centred)
+    return Fold(number, where, rows.part(where).rows() - mean, others, others_centred)
 
 
 def unseen_spectrum(narrow: NarrowRows, noise: float, settings: Settings) -> UnseenSpectrum:
@@ -242,16 +320,17 @@ def unseen_spectrum(narrow: NarrowRows, noise: float, settings: Settings) -> Uns
     step = -(-len(narrow.rows) // _ENOUGH)
 
     def spread(fold: Fold) -> tuple[Tensor, Tensor, Tensor]:
-        pairs = narrow.pairs.get(fold.run.start) or leading_eigenpairs(fold.scatter, narrow.rows.width)
+        pairs = narrow.pairs.get(fold.number) or leading_eigenpairs(fold.scatter, narrow.rows.width)
         if are_kept:
-            narrow.pairs[fold.run.start] = pairs
+            narrow.pairs[fold.number] = pairs
         eigenvalues, axes = more_than_rounding(pairs, noise)
         held_out = fold.held_out[::step]
         on_axes = held_out @ axes
-        beyond = (held_out - on_axes @ axes.T).square().sum(1) + narrow.beyond[fold.run][::step]
+        beyond = (held_out - on_axes @ axes.T).square().sum(1) + narrow.beyond[fold.where][::step]
         return on_axes.square(), eigenvalues / (len(fold.others) - 1), beyond
 
-    squares, variances, beyond = zip(*of_folds(narrow.rows, spread, settings.working_memory), strict=True)
+    spreads = of_folds(narrow.rows, spread, settings.working_memory, narrow.groups)
+    squares, variances, beyond = zip(*spreads, strict=True)
     # Folds may have an axis or two more than others: what lies along these goes to what lies beyond the axes.
     width = min(map(len, variances))
     along = torch.cat([of_fold[:, :width] for of_fold in squares])
@@ -265,7 +344,7 @@ def unseen_spectrum(narrow: NarrowRows, noise: float, settings: Settings) -> Uns
 def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) -> CrossFitted:
     """Return the log density and the residual of each training row by a fit without it.
 
-    The rows are cut into consecutive folds, and each fold is scored by a fit to the other folds: their principal axes,
+    The rows are cut into folds, and each fold is scored by a fit to the other folds: their principal axes,
     scale, whitening, contamination and kernels. In-sample scores are useless for a threshold: in many dimensions a
     row's own kernel dominates its density. Leaving out that kernel alone is not enough: the axes still bend towards
     the row.
@@ -292,15 +371,17 @@ def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) 
     squared_distances = narrow.beyond.new_full((len(narrow.rows),), torch.nan)
 
     def score(fold: Fold) -> None:
-        pairs = narrow.pairs.get(fold.run.start)
+        pairs = narrow.pairs.get(fold.number)
         found = row_density(fold.others, fold.scatter, d, settings, narrow.units, pairs)
         if found is not None and found.density.axes.shape[1] == d:
             coordinates, distances = found.density.split(fold.held_out)
             whitened = found.density.whiten(coordinates)
-            log_densities[fold.run] = found.density.kernel_log_density(whitened, settings.working_memory)
-            squared_distances[fold.run] = distances + narrow.beyond[fold.run]
+            log_densities[fold.where] = found.density.kernel_log_density(whitened, settings.working_memory)
+            distances = distances + narrow.beyond[fold.where]
+            offset, dtype = narrow.units.offset, narrow.units.dtype
+            squared_distances[fold.where] = beyond_rounding(distances, coordinates, offset, dtype)
 
-    of_folds(narrow.rows, score, settings.working_memory)
+    of_folds(narrow.rows, score, settings.working_memory, narrow.groups)
     return CrossFitted(log_densities, squared_distances)
 
 

@@ -1,6 +1,8 @@
 """DFKDEDetector: the density against scipy, the threshold against slow refits, and what a user may get wrong."""
 
 import pickle
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
 
@@ -163,6 +165,7 @@ def test_one_row_from_elsewhere_does_not_end_auto():
     assert 5 <= DFKDEDetector(n_components="auto").fit(X).n_components_ <= 7
 
 
+@pytest.mark.filterwarnings("ignore:.*training rows are exact copies")
 @pytest.mark.parametrize("X", [np.r_[np.zeros((5, 3)), np.ones((1, 3))], np.eye(2)])
 def test_auto_keeps_one_axis_where_no_row_is_like_another(X):
     with pytest.warns(UserWarning, match="cannot be scored"):
@@ -205,6 +208,60 @@ def test_far_rows_have_finite_ordered_scores(scaling, residual):
     assert np.isfinite(scores).all()
     if scaling == "scale":
         assert (np.diff(scores[5:]) < 0).all()
+
+
+@pytest.mark.parametrize("residual", [None, "gaussian"])
+@pytest.mark.parametrize("scaling", ["scale", "norm", None])
+@pytest.mark.parametrize(("dtype", "farthest", "first_tie"), [(np.float32, 38, 18), (np.float64, 308, 150)])
+def test_scores_stay_finite_and_in_order_to_the_largest_numbers_there_are(
+    scaling, residual, dtype, farthest, first_tie
+):
+    X = rows(60, 8).astype(dtype)
+    detector = DFKDEDetector(n_components=4, scaling=scaling, residual=residual, threshold_steepness=5.0).fit(X)
+    far = (10.0 ** np.arange(farthest + 1))[:, None] * np.sign(detector.components_[0]).astype(dtype)
+    scores = detector.score_samples(far.astype(dtype))
+    assert scores.dtype == dtype
+    assert np.isfinite(scores).all()
+    if scaling != "norm" or residual:
+        assert (np.diff(scores) <= 1e-12 * np.abs(scores[1:])).all()
+        assert (np.diff(scores[:first_tie]) < 0).all()
+        assert (detector.predict(far.astype(dtype)[3:]) == -1).all()
+        assert (detector.predict_proba(far.astype(dtype)[3:])[:, 0] == 1).all()
+    assert np.isfinite(detector.score(far.astype(dtype)))
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e300])
+def test_rows_farther_out_than_the_largest_number_in_units_of_the_training_rows_have_scores(factor):
+    detector = DFKDEDetector(n_components=3, residual="box").fit(rows(60, 8) * factor)
+    far = rows(5, 8, seed=2) * [[1e300], [-1e300], [1e200], [1e307], [1e10]]
+    assert np.isfinite(detector.score_samples(far)).all()
+
+
+@pytest.mark.parametrize("residual", ["box", "gaussian"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_a_residual_that_is_only_rounding_is_none(residual, dtype, offset):
+    # Three of the columns are constant: the axes span all that the rows do, and leave out nothing but rounding.
+    def constant_columns(n, seed, factor=1.0):
+        return np.insert(rows(n, 3, seed=seed) * factor + offset, [0, 1, 3], [0.1, 7.3, 1 / 3], axis=1).astype(dtype)
+
+    X, new = constant_columns(60, 0), np.r_[constant_columns(50, 2), constant_columns(50, 3, 1e4)]
+    plain, detector = (DFKDEDetector(residual=setting).fit(X) for setting in (None, residual))
+    together = detector.score_samples(new)
+    rtol = 1e-12 if dtype == np.float64 else 1e-6
+    np.testing.assert_allclose([detector.score_samples(row[None])[0] for row in new], together, rtol=rtol)
+    np.testing.assert_allclose(np.ptp(together - plain.score_samples(new)), 0, atol=rtol * abs(together).max())
+    np.testing.assert_allclose(np.ptp(detector.loo_scores_ - plain.loo_scores_), 0, atol=1e4 * rtol)
+    new[:, 0] += 0.01
+    assert (detector.score_samples(new)[:50] < together[:50] - 1e4).all()
+
+
+@pytest.mark.parametrize("residual", ["box", "gaussian"])
+def test_a_residual_that_is_only_rounding_is_none_in_float32_after_a_fit_in_float64(residual):
+    X, new = rows(60, 12, rank=5), rows(20, 12, seed=2, rank=5)
+    detector = DFKDEDetector(residual=residual).fit(X)
+    expected = detector.score_samples(new)
+    np.testing.assert_allclose(detector.score_samples(new.astype(np.float32)), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", ["scale", "norm"])
@@ -358,6 +415,61 @@ def test_contamination_leaves_the_anomalies_out_of_the_fit():
     np.testing.assert_allclose(detector.score_samples(X), clean.score_samples(X), rtol=1e-8)
 
 
+def test_fit_predict_finds_the_outliers_among_the_training_rows():
+    X = rows(300, 40)
+    far = np.random.default_rng(0).choice(300, 15, replace=False)
+    X[far] += 40 * np.random.default_rng(1).normal(size=(15, 40))
+    detector = DFKDEDetector()
+    labels = detector.fit_predict(X)
+    assert labels.dtype == np.int64
+    assert (labels[far] == -1).all()
+    assert (labels == -1).sum() <= 16
+    np.testing.assert_array_equal(labels == -1, detector.loo_scores_ < detector.offset_)
+    # Each has a kernel of its own, by which it looks normal to the fit that it is part of.
+    assert (detector.predict(X[far]) == 1).all()
+
+
+@pytest.mark.parametrize("contamination", [0.05, 0.31])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fit_predict_flags_exactly_the_contamination(contamination, dtype):
+    X = np.r_[rows(90, 12), rows(10, 12, seed=2) * 3].astype(dtype)
+    detector = DFKDEDetector(contamination=contamination)
+    labels = detector.fit_predict(X)
+    assert (labels == -1).sum() == round(contamination * 100)
+    np.testing.assert_array_equal(labels, detector.predict(X))
+
+
+def test_fit_predict_follows_a_threshold_that_is_given():
+    X = rows(60, 12)
+    for contamination in ("auto", 0.1):
+        detector = DFKDEDetector(n_components=4, threshold_offset=-1.0, contamination=contamination)
+        np.testing.assert_array_equal(detector.fit_predict(X) == -1, detector.loo_scores_ < -1.0)
+    with pytest.raises(ValueError, match="The 'target_fpr' parameter"):
+        DFKDEDetector(target_fpr=2.0).fit_predict(X)
+
+
+@pytest.mark.parametrize("n_leaving", [1, 2])
+@pytest.mark.parametrize("residual", [None, "box"])
+def test_contamination_finds_the_one_far_row_of_a_few(n_leaving, residual):
+    for seed in range(20):
+        X = np.random.default_rng(seed).normal(size=(15, 80))
+        X[seed % 15] *= 1000
+        detector = DFKDEDetector(contamination=n_leaving / 15, residual=residual).fit(X)
+        labels = detector.predict(X)
+        assert labels[seed % 15] == -1
+        assert (labels == -1).sum() == n_leaving
+        in_columns = DFKDEDetector(contamination=n_leaving / 15, residual=residual).fit_predict(np.asfortranarray(X))
+        np.testing.assert_array_equal(in_columns, labels)
+
+
+@pytest.mark.parametrize(
+    ("n", "contamination", "expected"), [(15, 0.1, 12), (9, 0.5, 3), (60, 0.25, 42), (60, 0.5, 28)]
+)
+def test_components_are_as_many_as_the_rows_that_stay_in_each_fold_span(n, contamination, expected):
+    detector = DFKDEDetector(n_components=64, contamination=contamination).fit(rows(n, 80))
+    assert detector.n_components_ == expected
+
+
 def test_threshold_offset_sets_the_offset():
     X = rows(50, 5)
     detector = DFKDEDetector(threshold_offset=-3.5).fit(X)
@@ -400,6 +512,68 @@ def test_max_samples_draws_with_the_random_state():
     )
 
 
+def test_copies_among_rows_that_are_not_drawn_are_scored_as_the_drawn_ones():
+    X = np.tile(rows(60, 8), (3, 1))
+    with pytest.warns(UserWarning, match="exact copies"):
+        detector = DFKDEDetector(n_components=3, max_samples=80, random_state=0).fit(X)
+    drawn = np.sort(np.random.RandomState(0).choice(180, 80, replace=False))
+    for i in range(60):
+        scores = detector.loo_scores_[i::60]
+        if any(j in drawn for j in (i, i + 60, i + 120)):
+            np.testing.assert_allclose(scores, scores[0], rtol=1e-10)
+        else:
+            np.testing.assert_allclose(scores, detector.score_samples(X[i::60]), rtol=1e-10)
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize("settings", [{}, {"residual": "box"}, {"scaling": "norm"}, {"n_components": "auto"}])
+def test_the_false_alarm_rate_holds_where_rows_are_stacked_twice(settings):
+    rates = []
+    for seed in range(10):
+        with pytest.warns(UserWarning, match="100 of 200 training rows are exact copies of rows elsewhere in X"):
+            detector = DFKDEDetector(**settings).fit(np.tile(rows(100, 40, seed=seed), (2, 1)))
+        rates.append((detector.predict(rows(500, 40, seed=99 + seed)) < 0).mean())
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.02)
+
+
+def test_copies_share_a_fold():
+    X = rows(43, 15)
+    copied = np.r_[X, X[[5, 40]], X[[5]]]
+    with pytest.warns(UserWarning, match="3 of 46 training rows"):
+        detector = DFKDEDetector(n_components=4).fit(copied)
+    for start, stop in pairwise(round(i * 43 / 20) for i in range(21)):
+        here = np.isin(np.r_[np.arange(43), 5, 40, 5], np.arange(start, stop))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exact copies")
+            others = DFKDEDetector(n_components=4).fit(copied[~here])
+        np.testing.assert_allclose(detector.loo_scores_[here], others.score_samples(copied[here]), rtol=1e-10)
+
+
+def test_zero_of_either_sign_makes_a_copy():
+    X = rows(40, 6)
+    X[[0, 30]] = X[0]
+    X[[0, 30], 2] = 0.0, -0.0
+    with pytest.warns(UserWarning, match="1 of 40 training rows"):
+        DFKDEDetector(n_components=3).fit(X)
+
+
+def test_copies_that_are_adjacent_within_a_fold_need_no_warning():
+    X = rows(40, 6)
+    X[1] = X[0]
+    DFKDEDetector(n_components=3).fit(X)
+
+
+@pytest.mark.parametrize("contamination", ["auto", 0.1])
+def test_components_are_counted_by_distinct_rows(contamination):
+    X = np.tile(rows(40, 80), (2, 1))
+    with pytest.warns(UserWarning, match="exact copies"):
+        detector = DFKDEDetector(n_components=64, contamination=contamination).fit(X)
+    # Of 40 rows, 38 are left without a fold, and with the contamination, 8 rows of 76 leave.
+    assert detector.n_components_ == (37 if contamination == "auto" else 29)
+
+
 # ---- degenerate data
 
 
@@ -439,6 +613,7 @@ def test_the_scale_of_the_features_changes_nothing(scaling, factor):
     assert other.offset_ == pytest.approx(detector.offset_, rel=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*training rows are exact copies")
 @pytest.mark.parametrize("settings", [{}, {"bandwidth": "loo"}, {"scaling": "norm"}, {"residual": "box"}])
 @pytest.mark.parametrize("kind", ["duplicates", "one feature", "two rows", "one differs"])
 def test_odd_data_has_finite_scores(settings, kind):
@@ -562,6 +737,88 @@ def test_it_composes_with_pipelines_and_cross_validation():
     decisions = cross_val_predict(pipeline, X, y, cv=3, method="decision_function")
     assert np.array_equal(np.where(decisions < 0, -1, 1), labels)
     assert clone(pipeline).fit(X).score(X) == pytest.approx(pipeline.fit(X).score(X))
+
+
+class CountingColumns(Columns):
+    n_rows = 0
+
+    def transform(self, X):
+        CountingColumns.n_rows += len(X)
+        return super().transform(X)
+
+
+@pytest.mark.parametrize("contamination", ["auto", 0.1])
+def test_fit_predict_describes_each_image_once(contamination):
+    images = np.random.default_rng(0).random((40, 8, 8))
+    CountingColumns.n_rows = 0
+    DFKDEDetector(CountingColumns(), contamination=contamination).fit_predict(images)
+    assert CountingColumns.n_rows == 40
+
+
+def test_a_pipeline_predicts_its_training_rows_as_the_detector_does():
+    X = rows(90, 8)
+    pipeline = make_pipeline(StandardScaler(), DFKDEDetector(n_components=3))
+    expected = DFKDEDetector(n_components=3).fit_predict(StandardScaler().fit_transform(X))
+    np.testing.assert_array_equal(pipeline.fit_predict(X), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int8, np.uint8, np.int16, np.uint16, np.int64, bool, np.longdouble])
+def test_numbers_of_other_types_are_scored_as_float64(dtype):
+    X, new = (np.random.default_rng(seed).integers(0, 100, (n, 8)).astype(dtype) for seed, n in ((0, 80), (1, 20)))
+    detector = DFKDEDetector(n_components=4, residual="box").fit(X)
+    expected = DFKDEDetector(n_components=4, residual="box").fit(X.astype(np.float64))
+    scores = detector.score_samples(new)
+    assert scores.dtype == detector.loo_scores_.dtype == np.float64
+    np.testing.assert_array_equal(scores, expected.score_samples(new.astype(np.float64)))
+    np.testing.assert_array_equal(detector.loo_scores_, expected.loo_scores_)
+    assert detector.offset_ == expected.offset_
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "Input X contains NaN"), (np.inf, "Input X contains infinity")]
+)
+def test_what_is_not_finite_is_found_in_any_block(dtype, value, message):
+    X = rows(40, 6).astype(dtype)
+    detector = DFKDEDetector(n_components=3).fit(X)
+    wrong = np.ones((400_000, 6), dtype)
+    wrong[-1, 3] = value
+    for method in (detector.score_samples, detector.predict, detector.fit):
+        with pytest.raises(ValueError, match=message):
+            method(wrong)
+
+
+MEMORY_OF_SCORING = """
+import resource
+import sys
+
+import numpy as np
+
+from dfkde_sklearn import DFKDEDetector
+
+rng = np.random.default_rng(0)
+detector = DFKDEDetector(n_components=4).fit(rng.normal(size=(100, 256)))
+
+
+def table(n):
+    row = rng.normal(size=(1, 256)) * 10
+    return np.broadcast_to(row.astype(sys.argv[1]), (n, 256))  # which takes the memory of one row
+
+
+detector.score_samples(table(20_000))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+detector.score_samples(table(400_000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is counted in other units")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8"])
+def test_the_memory_of_scoring_does_not_grow_with_the_rows(dtype):
+    # A mask of all entries takes 98 MB, and all of them as float64 take 781.
+    command = [sys.executable, "-c", MEMORY_OF_SCORING, dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 50_000  # kB, of which the scores themselves are up to 6400
 
 
 def test_pickles_memory_maps_and_odd_layouts_score_the_same(tmp_path):

@@ -27,14 +27,22 @@ SETTINGS = [
 ]
 # The one check that runs only with an environment variable set before scipy is imported: .ci/run makes that pass.
 NEEDS_ARRAY_API = {"check_array_api_input"}
+# It wants fit_predict to be fit and predict, which calls nearly all rows of the fit normal, each by its own kernel.
+# tests/test_detector.py holds what fit_predict promises instead.
+IN_SAMPLE = "check_outliers_fit_predict"
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_scikit_learn_check_passes_and_none_is_skipped(settings):
     skipped = set()
     for estimator, check in estimator_checks_generator(DFKDEDetector(**settings)):
+        is_in_sample = check.func.__name__ == IN_SAMPLE and estimator.contamination == "auto"
         try:
-            check(estimator)
+            if is_in_sample:
+                with pytest.raises(AssertionError, match="Arrays are not equal"):
+                    check(estimator)
+            else:
+                check(estimator)
         except pytest.skip.Exception:
             raise
         except Exception as error:
