@@ -732,7 +732,8 @@ def check_damaged_cache(content, folder):
 @pytest.mark.parametrize(
     ("at", "to"),
     [
-        (b"CREATE TABLE", 0xFF),  # a message that quotes the schema is no UTF-8 any more
+        (b"features", 0xFF),  # a message that quotes the schema is no UTF-8 any more
+        (b"CREATE TABLE", 0xFF),
         (b"features", 0x7A),  # no such table
         (b"key BLOB", 0x7A),  # no such column
         (18, 3),  # "read-only"
