@@ -36,14 +36,9 @@ from scipy.stats import gaussian_kde
 from sklearn.neighbors import KernelDensity
 
 from dfkde_sklearn import DFKDEDetector
-from dfkde_sklearn._density import (
-    _TILE_QUERIES,
-    _TILE_ROWS,
-    leave_one_out,
-    leave_one_out_bandwidth,
-    scott_bandwidth,
-)
-from dfkde_sklearn._llvm import _POWER
+from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth, scott_bandwidth
+from dfkde_sklearn._kernels.density import leave_one_out
+from dfkde_sklearn._kernels.sums_llvm import _POWER
 from dfkde_sklearn._threads import run_on_single_cores
 
 OURS, TORCH, LIMIT = "dfkde_sklearn", "product + exp2", "limit"
@@ -64,6 +59,8 @@ SMALL_CALLS_TIMES_SCIPY = {10_000: 0.9, 40_000: 1.2, 1_000_000: 4}
 ADDED_BYTES = 100e6
 
 N, D, QUERIES = 40_000, 16, (2000, 10_000)
+# Of the bare product and exp2, in the cache of a core.
+_TILE_QUERIES, _TILE_ROWS = 512, 480
 
 
 class Problem(NamedTuple):
