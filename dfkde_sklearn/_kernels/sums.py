@@ -191,7 +191,7 @@ def leave_one_out_log_sums(run: Run, factor: KernelFactor, working_memory: int) 
     """Return the log of the sum of all kernels but its own at each row; NaN where that is not exact enough.
 
     A power serves both of its rows: a block meets itself and the rows after it, whose sums a backend adds up as well.
-    With two cores that takes 0.55 of the time of all pairs.
+    That takes half the time of all pairs, measured from 2000 to 40 000 rows.
     """
     rows, n = factor.rows, len(factor.rows)
     exp2_sums, size = backend(rows.device, rows.dtype), min(_LEAVE_ONE_OUT_ROWS, _block_size(rows, working_memory))
@@ -233,12 +233,19 @@ def direct_log_sums(
     `own` names a support row for each query, whose kernel is left out. Several times slower than products, but exact
     anywhere, and faster where there are few pairs.
     """
-    support = support.double().contiguous()
+    rows = support
+    if support.dtype != torch.float64 or not support.is_contiguous():
+        rows = torch.empty(support.shape, dtype=torch.float64, device=support.device)
+
+        def convert(block: slice) -> None:
+            rows[block] = support[block]
+
+        run(convert, _blocks(support))  # not in the calling thread, where torch would wake threads of its own
     result = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
     of_thread = min(_of_thread(support, working_memory), 2**21) if support.is_cpu else working_memory
 
     def fill(block: slice) -> None:
-        distances = torch.cdist(queries[block].double(), support, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(queries[block].double(), rows, compute_mode="donot_use_mm_for_euclid_dist")
         exponents = distances.mul_(_scale(bandwidth)).square_().mul_(-0.5)
         if own is not None:
             exponents.scatter_(1, own[block, None], -torch.inf)
