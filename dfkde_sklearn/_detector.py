@@ -5,10 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from numbers import Integral, Real
-from operator import attrgetter, is_
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -671,15 +669,6 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
 
     def _fitted(self, dtype: torch.dtype, device: torch.device) -> FeatureDensity:
         """Return what `_keep` took apart, on the device, for rows of `dtype`."""
-        parts = _parts(self)
-        ready = _ready.get(self)
-        if (
-            ready is not None
-            and ready.row_dtype is dtype
-            and ready.device == device
-            and all(map(is_, ready.parts, parts))
-        ):
-            return ready.density
         density = RowDensity(
             centre=torch.zeros(len(self.mean_), dtype=torch.float64, device=device),
             axes=_tensor(self.components_, device).T,
@@ -694,9 +683,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             residual=self._residual,
             gaussian_residual=self._gaussian_residual,
         )
-        fitted = FeatureDensity(_tensor(self.mean_, device), self._scale, density)
-        _ready[self] = _Ready(fitted, dtype, device, parts)
-        return fitted
+        return FeatureDensity(_tensor(self.mean_, device), self._scale, density)
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)
@@ -772,24 +759,6 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     def _density_device(self) -> torch.device:
         device = as_device(self.device)
         return torch.device("cpu") if device.type == "mps" else device
-
-
-class _Ready(NamedTuple):
-    """A density that a detector has put together, and what it has made it of and for."""
-
-    density: FeatureDensity
-    row_dtype: torch.dtype
-    device: torch.device
-    parts: tuple[Any, ...]
-
-
-_parts = attrgetter(
-    *("mean_", "components_", "singular_values_", "max_length_", "bandwidth_", "support_", "scaling", "_scale"),
-    *("_whitening", "_log_volume", "_log_jacobian", "_residual", "_gaussian_residual"),
-)
-# The last density of each detector. To put it together takes longer than to score a few rows. Not an attribute of the
-# detector, which would be pickled, and would change while it scores.
-_ready: WeakKeyDictionary[DFKDEDetector, _Ready] = WeakKeyDictionary()
 
 
 def _is_matrix(X: Any) -> bool:

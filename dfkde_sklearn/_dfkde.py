@@ -1,7 +1,7 @@
 """Deep feature kernel density estimation: the method itself, from feature rows to log densities.
 
 Functions of tensors, over the two halves that know nothing of each other: `_reduction` (principal axes) and
-`_density` (Gaussian kernels on whitened rows). The estimator, the module and the exports all come down to this file.
+`_kernels` (Gaussian kernels on whitened rows). The estimator, the module and the exports all come down to this file.
 """
 
 from __future__ import annotations
@@ -13,13 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dfkde_sklearn._density import (
-    leave_one_out,
-    leave_one_out_bandwidth,
-    log_density,
-    scott_bandwidth,
-    silverman_bandwidth,
-)
+from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth, scott_bandwidth, silverman_bandwidth
+from dfkde_sklearn._kernels.density import leave_one_out, log_density
 from dfkde_sklearn._reduction import (
     CentredRows,
     EigenPairs,

@@ -56,7 +56,9 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
 
 
-def _are(kind: type, is_one: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+def _are(
+    kind: type[list[Any]] | type[tuple[Any, ...]], is_one: Callable[[Any], bool], length: int | None = None
+) -> Callable[[Any], bool]:
     def are(values: Any) -> bool:
         return isinstance(values, kind) and len(values) == (length or len(values)) and all(map(is_one, values))
 

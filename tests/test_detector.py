@@ -297,7 +297,7 @@ def test_a_fit_depends_on_neither_threads_nor_memory(n_components, contamination
         np.testing.assert_allclose(other.score_samples(X), detectors[0].score_samples(X), rtol=1e-10)
 
 
-def test_what_scoring_keeps_for_the_next_call_is_no_older_than_the_detector():
+def test_scores_follow_the_attributes_of_the_detector_and_change_none():
     X, new = rows(80, 6), rows(40, 6, seed=2)
     detector = DFKDEDetector(n_components=3).fit(X)
     before, pickled = detector.score_samples(new), pickle.dumps(detector)

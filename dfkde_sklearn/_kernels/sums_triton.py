@@ -1,7 +1,7 @@
 """The sums of kernels in one Triton kernel: on a GPU no tile of exponents reaches memory.
 
-Imported where Triton is there, which comes with torch for CUDA: `_density` decides that. With TRITON_INTERPRET=1 in the
-environment the same code runs on the CPU, slowly; so it is tested.
+Triton comes with torch for CUDA, and only there this file can be imported. With TRITON_INTERPRET=1 in the environment
+Triton's interpreter runs the same code on the CPU, slowly; so it is tested.
 """
 
 from __future__ import annotations
@@ -13,57 +13,50 @@ from torch import Tensor
 
 from dfkde_sklearn._threads import Lock
 
-# Queries and rows of a tile, which the registers of so many warps hold. Counted in the machine code for sm_90, that is
-# 27 instructions a pair in float32 and 52 in float64, of which the product takes 16 and 2.
+# Queries and rows of a tile, and the number of warps whose registers hold it. Counted in the machine code for sm_90,
+# that is 27 instructions a pair in float32 and 52 in float64, of which the product takes 16 and 2.
 _TILES = {torch.float32: (128, 64, 8), torch.float64: (64, 64, 4)}
-_CHUNK = 16
-# Few queries share the rows out among programs too, alike on any GPU.
+_DIMENSIONS = 16  # of a step of the product
+# Few queries are divided among programs by rows too, alike on any GPU.
 _PROGRAMS = 2048
 
 _interpreting = Lock()  # the interpreter takes one kernel at a time
 
 
-def exp2_sums(q: Tensor, rows: Tensor, own: int | None = None) -> Tensor:
-    """Return ``(q @ rows.T).exp2().sum(1)``, without what `own` leaves out, in float64.
-
-    Parameters
-    ----------
-    q : Tensor of shape (m, d + 2)
-        Queries as the left-hand factor: 1, the coordinates, the negative lift. Contiguous, float32 or float64.
-    rows : Tensor of shape (n, d + 2)
-        Support rows as the right-hand factor: minus half the square norm, the coordinates, 1. Contiguous, of one type.
-    own : int or None, default=None
-        Query i does without the row ``own + i``.
-
-    Returns
-    -------
-    Tensor of shape (m,)
-        Products and powers are computed in the type of the factors, and never in TensorFloat-32.
-    """
+def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
+    """Return ``(q @ rows.T).exp2().sum(1)``, as `sums.Exp2Sums` says; never in TensorFloat-32."""
     (m, width), n = q.shape, len(rows)
-    queries_a_tile, rows_a_tile, warps = _TILES[q.dtype]
-    blocks, tiles = triton.cdiv(m, queries_a_tile), triton.cdiv(n, rows_a_tile)
-    shares = max(1, min(tiles, _PROGRAMS // blocks))
-    sums = torch.empty(shares, m, dtype=torch.float64, device=q.device)
+    if m == 0 or n == 0:
+        return torch.zeros(m, dtype=torch.float64, device=q.device)
+    if of_rows is not None:
+        # The powers are computed again: programs that add to the same sums would round them in no certain order.
+        of_rows += exp2_sums(_exchanged(rows), _exchanged(q))
+    tile_queries, tile_rows, warps = _TILES[q.dtype]
+    blocks, tiles = triton.cdiv(m, tile_queries), triton.cdiv(n, tile_rows)
+    chunks = max(1, min(tiles, _PROGRAMS // blocks))
+    sums = torch.empty(chunks, m, dtype=torch.float64, device=q.device)
     with _interpreting, torch.cuda.device_of(q):
-        _exp2_sums[blocks, shares](
+        _exp2_sums[blocks, chunks](
             q,
             rows,
             sums,
             m,
             n,
             width,
-            own or 0,
-            LEAVES_OUT=own is not None,
-            IS_ONE_CHUNK=width - 2 <= _CHUNK,
-            CHUNK=_CHUNK,
-            QUERIES=queries_a_tile,
-            ROWS=rows_a_tile,
+            IS_ONE_STEP=width - 2 <= _DIMENSIONS,
+            DIMENSIONS=_DIMENSIONS,
+            QUERIES=tile_queries,
+            ROWS=tile_rows,
             num_warps=warps,
             num_stages=2,
             enable_fp_fusion=True,
         )
     return sums.sum(0)
+
+
+def _exchanged(factor: Tensor) -> Tensor:
+    """Return the left-hand factor as a right-hand one, or the other way round: the first and last column exchanged."""
+    return torch.cat([factor[:, -1:], factor[:, 1:-1], factor[:, :1]], dim=1)
 
 
 @triton.jit
@@ -74,40 +67,36 @@ def _exp2_sums(
     m,
     n,
     width,
-    own,
-    LEAVES_OUT: tl.constexpr,
-    IS_ONE_CHUNK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    IS_ONE_STEP: tl.constexpr,
+    DIMENSIONS: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     d = width - 2
-    at = tl.arange(0, CHUNK)
+    at = tl.arange(0, DIMENSIONS)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     is_query = query < m
     q_start = q + query.to(tl.int64) * width
-    lift = tl.load(q_start + d + 1, mask=is_query, other=0.0)
-    if IS_ONE_CHUNK:
+    shift = tl.load(q_start + d + 1, mask=is_query, other=0.0)
+    if IS_ONE_STEP:
         left = tl.load(q_start[:, None] + 1 + at[None, :], mask=is_query[:, None] & (at < d)[None, :], other=0.0)
     total = tl.zeros([QUERIES], tl.float64)
     for tile in range(tl.program_id(1), tl.cdiv(n, ROWS), tl.num_programs(1)):
         row = tile * ROWS + tl.arange(0, ROWS)
         is_row = row < n
         row_start = rows + row.to(tl.int64) * width
-        # From the half norm to the lift, as in `_density._Kernels`: in this order partial sums stay small.
+        # From the half norm to the shift, as in `sums.KernelFactor`: in this order partial sums stay small.
         half_norm = tl.load(row_start, mask=is_row, other=float("-inf"))
         exponents = tl.broadcast_to(half_norm[None, :], (QUERIES, ROWS))
-        if IS_ONE_CHUNK:
+        if IS_ONE_STEP:
             right = tl.load(row_start[None, :] + 1 + at[:, None], mask=is_row[None, :] & (at < d)[:, None], other=0.0)
             exponents = tl.dot(left, right, exponents, input_precision="ieee", out_dtype=exponents.dtype)
         else:
-            for start in range(0, d, CHUNK):
+            for start in range(0, d, DIMENSIONS):
                 i = start + at
                 left = tl.load(q_start[:, None] + 1 + i[None, :], mask=is_query[:, None] & (i < d)[None, :], other=0.0)
                 right = tl.load(row_start[None, :] + 1 + i[:, None], mask=is_row[None, :] & (i < d)[:, None], other=0.0)
                 exponents = tl.dot(left, right, exponents, input_precision="ieee", out_dtype=exponents.dtype)
-        exponents += lift[:, None]
-        if LEAVES_OUT:
-            exponents = tl.where((own + query)[:, None] == row[None, :], float("-inf"), exponents)
+        exponents += shift[:, None]
         total += tl.sum(tl.exp2(exponents), 1).to(tl.float64)
     tl.store(sums + tl.program_id(1).to(tl.int64) * m + query, total, mask=is_query)

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from dfkde_sklearn import _llvm
-from dfkde_sklearn._density import _compiled_sums, leave_one_out, log_density
-from dfkde_sklearn._llvm import exp2_sums
+from dfkde_sklearn._kernels import sums_llvm, sums_torch
+from dfkde_sklearn._kernels.density import leave_one_out, log_density
+from dfkde_sklearn._kernels.sums import backend
+from dfkde_sklearn._kernels.sums_llvm import exp2_sums
 
 DTYPES = {torch.float64: 1e-15, torch.float32: 4e-7}
 
 
 @pytest.fixture(params=[16, 32, 64])
 def width(request, monkeypatch):
-    """Vectors of so many bytes: LLVM makes code for wider ones than the processor has, too."""
-    monkeypatch.setattr(_llvm, "_vectors", lambda dtype: (request.param // dtype.itemsize, 4))
+    """Bytes of a vector: LLVM makes code for wider ones than the processor has, too."""
+    monkeypatch.setattr(sums_llvm, "_vectors", lambda dtype: (request.param // dtype.itemsize, 4))
 
 
 def factors(m, n, d, dtype, seed=0):
@@ -89,9 +90,9 @@ def normal_rows(n, d, seed=0):
 
 @pytest.fixture
 def decided_anew():
-    _compiled_sums.cache_clear()
+    backend.cache_clear()
     yield
-    _compiled_sums.cache_clear()
+    backend.cache_clear()
 
 
 def refuses(*arguments):
@@ -101,8 +102,8 @@ def refuses(*arguments):
 def test_where_no_code_can_be_made_torch_computes_the_same_after_a_warning(monkeypatch, decided_anew):
     support, queries = normal_rows(3000, 5), normal_rows(900, 5, seed=1)
     expected, expected_left_out = log_density(queries, support, 0.5), leave_one_out(support, 0.5)
-    _compiled_sums.cache_clear()
-    monkeypatch.setattr(_llvm, "_loop", refuses)
+    backend.cache_clear()
+    monkeypatch.setattr(sums_llvm, "_loop", refuses)
     message = r"LLVM cannot build the code for densities in torch.float64 on cpu: no memory may be run here. PyTorch"
     with pytest.warns(RuntimeWarning, match=message):
         torch.testing.assert_close(log_density(queries, support, 0.5), expected, rtol=1e-13, atol=1e-13)
@@ -112,8 +113,8 @@ def test_where_no_code_can_be_made_torch_computes_the_same_after_a_warning(monke
 def test_without_llvmlite_torch_computes_the_same(monkeypatch, decided_anew):
     support, queries = normal_rows(3000, 5), normal_rows(900, 5, seed=1)
     expected = log_density(queries, support, 0.5)
-    _compiled_sums.cache_clear()
+    backend.cache_clear()
     monkeypatch.setitem(sys.modules, "llvmlite", None)
-    monkeypatch.delitem(sys.modules, "dfkde_sklearn._llvm")
+    monkeypatch.delitem(sys.modules, "dfkde_sklearn._kernels.sums_llvm")
     torch.testing.assert_close(log_density(queries, support, 0.5), expected, rtol=1e-13, atol=1e-13)
-    assert _compiled_sums(support.device, support.dtype) is None
+    assert backend(support.device, support.dtype) is sums_torch.exp2_sums

@@ -11,14 +11,9 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import gaussian_kde
 
-from dfkde_sklearn._density import (
-    _in_the_memory_there_is,
-    leave_one_out,
-    leave_one_out_bandwidth,
-    log_density,
-    scott_bandwidth,
-    silverman_bandwidth,
-)
+from dfkde_sklearn._kernels import sums_torch
+from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth, scott_bandwidth, silverman_bandwidth
+from dfkde_sklearn._kernels.density import _in_available_memory, leave_one_out, log_density
 
 
 def slow_log_density(queries, support, bandwidth, leave_out=None):
@@ -66,17 +61,17 @@ def test_scott_and_silverman_factors_are_scipys(n, d):
     assert silverman_bandwidth(n, d) == pytest.approx(kde.silverman_factor(), rel=1e-15)
 
 
-@pytest.fixture(params=["compiled", "tiles"])
-def way(request, monkeypatch):
+@pytest.fixture(params=["LLVM", "PyTorch"])
+def backend(request, monkeypatch):
     """The machine code that a CPU has, and what stands in where there is none."""
-    if request.param == "tiles":
-        monkeypatch.setattr("dfkde_sklearn._density._compiled_sums", lambda *_: None)
+    if request.param == "PyTorch":
+        monkeypatch.setattr("dfkde_sklearn._kernels.sums.backend", lambda *_: sums_torch.exp2_sums)
     return request.param
 
 
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (100, 1), (2700, 2), (1600, 16), (600, 64), (300, 512)])
 @pytest.mark.parametrize("factor", [0.1, 1, 4])
-def test_log_density_agrees_with_long_double(n, d, factor, way):
+def test_log_density_agrees_with_long_double(n, d, factor, backend):
     support = normal_rows(n, d)
     queries = rows_of_every_kind(support)
     bandwidth = factor * scott_bandwidth(n, d)
@@ -144,7 +139,7 @@ def test_log_density_depends_on_no_other_query(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("n", "m"), [(2500, 1500), (300, 150), (70_000, 1), (700_000, 1)])
-def test_results_depend_on_no_number_of_threads(n, m, dtype, way):
+def test_results_depend_on_no_number_of_threads(n, m, dtype, backend):
     support = normal_rows(n, 5).to(dtype)
     queries = torch.cat([normal_rows(m, 5, seed=1), rows_of_every_kind(support.double())]).to(dtype)
     queries = queries[:m] if m == 1 else queries
@@ -187,7 +182,7 @@ def test_threads_and_denormal_numbers_of_the_process_are_left_as_they_were():
 
 @pytest.mark.parametrize(("n", "d"), [(2, 1), (3, 2), (700, 1), (1500, 8), (500, 64)])
 @pytest.mark.parametrize("factor", [0.1, 1, 4])
-def test_leave_one_out_agrees_with_long_double(n, d, factor, way):
+def test_leave_one_out_agrees_with_long_double(n, d, factor, backend):
     support = torch.cat([normal_rows(n, d), rows_of_every_kind(normal_rows(n, d), seed=2)[-8:]])
     bandwidth = factor * scott_bandwidth(n, d)
     expected = slow_leave_one_out(support, bandwidth)
@@ -226,7 +221,7 @@ def test_leaving_out_the_only_row_is_an_error(function):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_log_density_finds_the_one_near_kernel_among_many_far_ones(dtype, way):
+def test_log_density_finds_the_one_near_kernel_among_many_far_ones(dtype, backend):
     # 17 corners of a simplex: the query's own corner holds one support row among 3000, and the others are so far that
     # its kernel is larger than theirs by more than the floating-point type can hold.
     corners = (torch.eye(17, dtype=torch.float64) - 1 / 17) * (60 if dtype == torch.float64 else 13)
@@ -250,7 +245,7 @@ def test_neither_an_offset_nor_a_narrow_bandwidth_costs_digits(offset, bandwidth
     torch.testing.assert_close(leave_one_out(support, bandwidth), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_any_working_memory_gives_the_same_result(way):
+def test_any_working_memory_gives_the_same_result(backend):
     support, queries = normal_rows(700, 6), normal_rows(300, 6, seed=1)
     for working_memory in (1, 5000, 10**9):
         densities = log_density(queries[:20], support, 0.5, working_memory=working_memory)
@@ -263,7 +258,7 @@ def test_any_working_memory_gives_the_same_result(way):
 def device_with_room_for(limit, calls):
     """A density on a device that has this many bytes for tiles."""
 
-    @_in_the_memory_there_is
+    @_in_available_memory
     def density(queries, support, *, working_memory):
         calls.append(working_memory)
         if working_memory > limit:
