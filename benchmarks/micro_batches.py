@@ -18,8 +18,8 @@ import numpy as np
 import timm
 import torch
 
-from dfkde_sklearn._features import TimmFeatures
-from dfkde_sklearn._layers import micro_batch_size, visit_layers
+from dfkde_sklearn._features.layers import micro_batch_size, visit_layers
+from dfkde_sklearn._features.network import TimmFeatures
 
 NETWORKS = ("resnet18", "mobilenetv2_100", "efficientnet_b0", "vit_small_patch16_224")
 SIZES = (1, 2, 4, 8, 16, 32)

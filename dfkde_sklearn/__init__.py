@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfkde_sklearn import datasets
-    from dfkde_sklearn._cache import cache_size, clear_cache
     from dfkde_sklearn._classifier import AnomalyClassifier
     from dfkde_sklearn._detector import DFKDEDetector
-    from dfkde_sklearn._features import TimmFeatures
+    from dfkde_sklearn._features.cache import cache_size, clear_cache
+    from dfkde_sklearn._features.network import TimmFeatures
+    from dfkde_sklearn._features.scattering import ScatteringFeatures
     from dfkde_sklearn._model import DfkdeModel
-    from dfkde_sklearn._scattering import ScatteringFeatures
 
 __all__ = [
     "AnomalyClassifier",
@@ -29,10 +29,10 @@ _MODULES = {
     "AnomalyClassifier": "_classifier",
     "DFKDEDetector": "_detector",
     "DfkdeModel": "_model",
-    "ScatteringFeatures": "_scattering",
-    "TimmFeatures": "_features",
-    "cache_size": "_cache",
-    "clear_cache": "_cache",
+    "ScatteringFeatures": "_features.scattering",
+    "TimmFeatures": "_features.network",
+    "cache_size": "_features.cache",
+    "clear_cache": "_features.cache",
 }
 
 

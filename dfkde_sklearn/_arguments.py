@@ -9,7 +9,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from dfkde_sklearn import __version__, datasets
-from dfkde_sklearn._features import TimmFeatures
+from dfkde_sklearn._features.network import TimmFeatures
 
 DEMO_PICTURE = "dfkde-demo.png"
 # Images on a contact sheet that shows the worst.

@@ -711,7 +711,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             self.features_ = None
             return self._validated(X, reset=True)
         if isinstance(self.features, str):
-            from dfkde_sklearn._features import TimmFeatures
+            from dfkde_sklearn._features.network import TimmFeatures
 
             self.features_ = TimmFeatures(device=self.device)
         else:

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dfkde_sklearn._backbones import weights_hash
 from dfkde_sklearn._dfkde import (
     FeatureDensity,
     ResidualTerm,
@@ -28,12 +27,13 @@ from dfkde_sklearn._dfkde import (
     finite,
     scaled,
 )
-from dfkde_sklearn._features import TimmFeatures, image_transform
+from dfkde_sklearn._features.backbones import weights_hash
+from dfkde_sklearn._features.layers import embedding, pooled
+from dfkde_sklearn._features.network import TimmFeatures, image_transform
+from dfkde_sklearn._features.scattering import ScatteringFeatures, grey_levels
 from dfkde_sklearn._images import Images, as_images, image_batches
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
-from dfkde_sklearn._layers import embedding, pooled
-from dfkde_sklearn._scattering import ScatteringFeatures, grey_levels
 from dfkde_sklearn._training import copies, fit
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._features.cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
 
 STATISTICS = ("mean", "std", "max")

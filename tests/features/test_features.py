@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dfkde_sklearn import _backbones
-from dfkde_sklearn._features import TimmFeatures, image_transform
+from dfkde_sklearn._features.network import TimmFeatures, image_transform
 
 REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
 

@@ -21,11 +21,18 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from dfkde_sklearn._backbones import Backbone, borrowed, full_name, module_name, named_backbone
-from dfkde_sklearn._cache import check_cache, feature_matrix, numerics
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
+from dfkde_sklearn._features.cache import check_cache, feature_matrix, numerics
+from dfkde_sklearn._features.layers import (
+    LayersRead,
+    check_layers,
+    layer_formats,
+    micro_batch_size,
+    pooled,
+    visit_layers,
+)
 from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
-from dfkde_sklearn._layers import LayersRead, check_layers, layer_formats, micro_batch_size, pooled, visit_layers
 
 
 class TimmFeatures(TransformerMixin, BaseEstimator):

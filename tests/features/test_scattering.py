@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn._scattering import (
+from dfkde_sklearn._features.scattering import (
     ScatteringFeatures,
     morlet_filters,
     scattering_coefficients,
