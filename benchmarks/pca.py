@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
-from dfkde_sklearn._reduction import principal_axes, span
-from dfkde_sklearn._training import N_FOLDS, Fold, of_folds
+from dfkde_sklearn._density.axes import principal_axes, span
+from dfkde_sklearn._density.fit import N_FOLDS, Fold, of_folds
 
 SHAPES = [(40_000, 512), (40_000, 2048), (200, 2048), (1000, 1000)]
 DTYPES = {"float32": 1e-6, "float64": 1e-12}

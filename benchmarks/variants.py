@@ -38,7 +38,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from dfkde_sklearn import DFKDEDetector, _training
+from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn._density import fit as _training
 
 TILE_SETS = [
     "pooled head",

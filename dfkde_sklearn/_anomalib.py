@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dfkde_sklearn._dfkde import FeatureDensity, RowDensity
+from dfkde_sklearn._density.scoring import FeatureDensity, RowDensity
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._kernels.density import leave_one_out
 

@@ -20,9 +20,9 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from dfkde_sklearn._density.fit import copies, fit
+from dfkde_sklearn._density.scoring import FeatureDensity, RowDensity, Settings, n_leaving
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._dfkde import FeatureDensity, RowDensity, Settings, n_leaving
-from dfkde_sklearn._training import copies, fit
 
 if TYPE_CHECKING:
     from dfkde_sklearn._model import DfkdeModel

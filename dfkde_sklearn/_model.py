@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dfkde_sklearn._dfkde import (
+from dfkde_sklearn._density.fit import copies, fit
+from dfkde_sklearn._density.scoring import (
     FeatureDensity,
     ResidualTerm,
     RowDensity,
@@ -34,7 +35,6 @@ from dfkde_sklearn._features.scattering import ScatteringFeatures, grey_levels
 from dfkde_sklearn._images import Images, as_images, image_batches
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
-from dfkde_sklearn._training import copies, fit
 
 if TYPE_CHECKING:
     from dfkde_sklearn._detector import DFKDEDetector

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from dfkde_sklearn._dfkde import (
+from dfkde_sklearn._density.axes import (
+    CentredRows,
+    EigenPairs,
+    leading_eigenpairs,
+    more_than_rounding,
+    principal_axes,
+    span,
+)
+from dfkde_sklearn._density.scoring import (
     FeatureDensity,
     RowDensity,
     Settings,
@@ -28,14 +36,6 @@ from dfkde_sklearn._dfkde import (
     n_leaving,
     residual_term,
     row_density,
-)
-from dfkde_sklearn._reduction import (
-    CentredRows,
-    EigenPairs,
-    leading_eigenpairs,
-    more_than_rounding,
-    principal_axes,
-    span,
 )
 from dfkde_sklearn._threads import run_in_turn, run_on_single_cores
 

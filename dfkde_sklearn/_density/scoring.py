@@ -13,9 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth, scott_bandwidth, silverman_bandwidth
-from dfkde_sklearn._kernels.density import leave_one_out, log_density
-from dfkde_sklearn._reduction import (
+from dfkde_sklearn._density.axes import (
     CentredRows,
     EigenPairs,
     PrincipalAxes,
@@ -24,6 +22,8 @@ from dfkde_sklearn._reduction import (
     centred_rows,
     principal_axes,
 )
+from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth, scott_bandwidth, silverman_bandwidth
+from dfkde_sklearn._kernels.density import leave_one_out, log_density
 from dfkde_sklearn._threads import product, run_in_turn, run_on_single_cores
 
 # Whitened rows that nearly span their axes lie equally far from one another, whatever each is like: with so many rows

@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
-from dfkde_sklearn._reduction import _lanczos, axis_signs, leading_eigenpairs, principal_axes, span
+from dfkde_sklearn._density.axes import _lanczos, axis_signs, leading_eigenpairs, principal_axes, span
 
 MEMORY = 2**20
 
