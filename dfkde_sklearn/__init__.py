@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dfkde_sklearn import datasets
     from dfkde_sklearn._classifier import AnomalyClassifier
+    from dfkde_sklearn._deploy.model import DfkdeModel
     from dfkde_sklearn._detector import DFKDEDetector
     from dfkde_sklearn._features.cache import cache_size, clear_cache
     from dfkde_sklearn._features.network import TimmFeatures
     from dfkde_sklearn._features.scattering import ScatteringFeatures
-    from dfkde_sklearn._model import DfkdeModel
 
 __all__ = [
     "AnomalyClassifier",
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "AnomalyClassifier": "_classifier",
     "DFKDEDetector": "_detector",
-    "DfkdeModel": "_model",
+    "DfkdeModel": "_deploy.model",
     "ScatteringFeatures": "_features.scattering",
     "TimmFeatures": "_features.network",
     "cache_size": "_features.cache",

@@ -25,7 +25,7 @@ from dfkde_sklearn._density.scoring import FeatureDensity, RowDensity, Settings,
 from dfkde_sklearn._device import as_device
 
 if TYPE_CHECKING:
-    from dfkde_sklearn._model import DfkdeModel
+    from dfkde_sklearn._deploy.model import DfkdeModel
 
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
 _ROWS = 2**14
@@ -434,7 +434,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             If the detector is not fitted.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._model import model_of
+        from dfkde_sklearn._deploy.model import model_of
 
         return model_of(self)
 
@@ -460,7 +460,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ValueError
             If it is not fitted.
         """
-        from dfkde_sklearn._model import detector_of
+        from dfkde_sklearn._deploy.model import detector_of
 
         return detector_of(model, cls)
 
@@ -489,7 +489,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         `random_state` that is a generator.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._persistence import save
+        from dfkde_sklearn._deploy.saved import save
 
         save(self, path)
 
@@ -533,7 +533,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         OSError
             If there is no such file, or the backbone's weights are not on this machine and may not be downloaded.
         """
-        from dfkde_sklearn._persistence import load
+        from dfkde_sklearn._deploy.saved import load
 
         return load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
 
@@ -568,7 +568,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             features of float32, 1e-8 of float64; in nats where it is below 1.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._export import write_onnx
+        from dfkde_sklearn._deploy.export import write_onnx
 
         write_onnx(self, path, image_shape, check)
 
@@ -594,7 +594,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             As in `to_onnx`.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._export import write_program
+        from dfkde_sklearn._deploy.export import write_program
 
         write_program(self, path, image_shape, check)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _backbones
-from dfkde_sklearn._model import DfkdeModel
+from dfkde_sklearn._deploy.model import DfkdeModel
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -498,7 +498,7 @@ class DfkdeModel(nn.Module):
         ValueError
             If the weights are not those of a fitted DFKDE, would need code to be run, or do not fit the backbone.
         """
-        from dfkde_sklearn._anomalib import load_backbone, read_state
+        from dfkde_sklearn._deploy.anomalib import load_backbone, read_state
 
         state = read_state(weights)
         model = cls(

@@ -26,11 +26,11 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
+from dfkde_sklearn._deploy.model import DensityBuffers, buffers_of, keep_buffers
 from dfkde_sklearn._features.layers import check_layers
 from dfkde_sklearn._features.network import TimmFeatures, image_transform
 from dfkde_sklearn._features.scattering import ScatteringFeatures
 from dfkde_sklearn._files import write_file
-from dfkde_sklearn._model import DensityBuffers, buffers_of, keep_buffers
 
 if TYPE_CHECKING:
     from dfkde_sklearn._detector import DFKDEDetector

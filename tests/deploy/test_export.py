@@ -10,8 +10,8 @@ from scipy.stats import gaussian_kde
 from sklearn.preprocessing import FunctionTransformer
 
 from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
-from dfkde_sklearn._export import Preprocessing
-from dfkde_sklearn._model import NetworkFeatures
+from dfkde_sklearn._deploy.export import Preprocessing
+from dfkde_sklearn._deploy.model import NetworkFeatures
 
 
 @pytest.fixture(autouse=True, scope="module")

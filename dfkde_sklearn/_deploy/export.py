@@ -15,10 +15,10 @@ from PIL import Image
 from scipy.special import expit
 from torch import Tensor, nn
 
+from dfkde_sklearn._deploy.model import DfkdeModel, ScatteringModule, model_of
 from dfkde_sklearn._features.network import TimmFeatures, image_transform, timm_transform
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._images import as_images, image_batches
-from dfkde_sklearn._model import DfkdeModel, ScatteringModule, model_of
 
 if TYPE_CHECKING:
     from dfkde_sklearn._detector import DFKDEDetector
