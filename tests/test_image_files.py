@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from dfkde_sklearn._contact_sheet import TILE, Section, Tile, contact_sheet
 from dfkde_sklearn._images import as_images, image_suffixes
+from dfkde_sklearn._report.contact_sheet import TILE, Section, Tile, contact_sheet
 
 
 @pytest.fixture
