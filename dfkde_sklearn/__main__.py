@@ -17,7 +17,7 @@ def main() -> int:
     if is_ours:
         # In the middle of an import there is nothing to clean up, and an exception may be taken for another.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from dfkde_sklearn import _cli
+    from dfkde_sklearn._cli import main as _cli
 
     try:
         if is_ours:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
 
-from dfkde_sklearn._output import printable
+from dfkde_sklearn._cli.output import printable
 
 # Lengths in pixels.
 TILE = 200

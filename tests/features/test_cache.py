@@ -35,7 +35,7 @@ from dfkde_sklearn import (
     cache_size,
     clear_cache,
 )
-from dfkde_sklearn._cli import main
+from dfkde_sklearn._cli.main import main
 from dfkde_sklearn._features.backbones import Backbone
 from dfkde_sklearn._images import as_images
 

@@ -28,13 +28,13 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils import Bunch
 
 from dfkde_sklearn import DFKDEDetector, datasets
-from dfkde_sklearn._arguments import DEMO_PICTURE, N_WORST, RESIDUALS, parser
+from dfkde_sklearn._cli.arguments import DEMO_PICTURE, N_WORST, RESIDUALS, parser
+from dfkde_sklearn._cli.output import print_bytes, print_line, print_message, printable, silence
 from dfkde_sklearn._features.cache import cache_size, clear_cache
 from dfkde_sklearn._features.network import TimmFeatures
 from dfkde_sklearn._features.scattering import ScatteringFeatures
 from dfkde_sklearn._files import check_writable, is_stream, write_file
 from dfkde_sklearn._images import as_images
-from dfkde_sklearn._output import print_bytes, print_line, print_message, printable, silence
 from dfkde_sklearn._report.contact_sheet import Section, Tile, contact_sheet
 
 # Enough held-out good images for the rate of false alarms to mean something.

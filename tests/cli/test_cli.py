@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from dfkde_sklearn import DFKDEDetector, _scattering
-from dfkde_sklearn._cli import main
+from dfkde_sklearn._cli.main import main
 from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL, TILE, Section, Tile, contact_sheet
 from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
 
