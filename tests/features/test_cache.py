@@ -470,7 +470,8 @@ def test_a_named_backbone_is_looked_at_once(paths, monkeypatch):
 
 def test_a_network_has_the_same_fingerprint_in_every_process():
     call = (
-        "from dfkde_sklearn._features.backbones import Backbone; import torch; from torch import nn; torch.manual_seed(0);"
+        "import torch; from torch import nn; from dfkde_sklearn._features.backbones import Backbone;"
+        "torch.manual_seed(0);"
         "print(Backbone(nn.Transformer(8, 2, 1, 1, 16, batch_first=True)).fingerprint, end='')"
     )
     # Strings, and with them sets, have other hashes in each process.

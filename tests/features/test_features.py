@@ -33,7 +33,7 @@ from torch import nn
 from dfkde_sklearn import _backbones
 from dfkde_sklearn._features.network import TimmFeatures, image_transform
 
-REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
+REAL_WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
 
 
 @pytest.fixture(scope="module")
