@@ -81,12 +81,12 @@ def problem(n: int, m: int, d: int, dtype: str) -> Problem:
     rows = rng.normal(size=(n, d))
     # Exactly white, as SciPy estimates a covariance of its own.
     rows = np.linalg.solve(np.linalg.cholesky(np.cov(rows.T)), rows.T).T
-    detector.support_ = np.ascontiguousarray(rows, dtype=dtype)
+    detector.kernel_centers_ = np.ascontiguousarray(rows, dtype=dtype)
     detector.bandwidth_ = scott_bandwidth(n, d)
     X = rng.normal(size=(m, d)).astype(dtype)
     deviations = detector.singular_values_ / math.sqrt(len(train) - 1)
     queries = ((X - detector.mean_) @ detector.components_.T / deviations).astype(dtype)
-    return Problem(detector, X, queries, detector.support_, detector.bandwidth_)
+    return Problem(detector, X, queries, detector.kernel_centers_, detector.bandwidth_)
 
 
 Scorer = Callable[[], object]

@@ -49,8 +49,8 @@ def main():
     rng = np.random.default_rng(0)
     backbone, shapes = ("test_resnet", [(48, 64)]) if quick else ("resnet18", [(240, 320), (1080, 1920)])
     images = rng.integers(0, 256, (40, *shapes[0], 3), dtype=np.uint8)
-    stage = TimmFeatures(backbone, pretrained=False, random_state=0, device="cpu")
-    detector = DFKDEDetector(stage, device="cpu").fit(images)
+    extractor = TimmFeatures(backbone, pretrained=False, random_state=0, device="cpu")
+    detector = DFKDEDetector(extractor, device="cpu").fit(images)
     print("One core, batches of 1, the least of five.\n")
     print("| file | size | time to export | time an image |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 def print_published(options: argparse.Namespace) -> None:
     folders = sorted(folder for folder in options.mvtec_images.iterdir() if (folder / "train" / "good").is_dir())
     assert folders, f"No folder in {options.mvtec_images} has a train/good."
-    stage = TimmFeatures(
+    extractor = TimmFeatures(
         network(options.backbone, options.weights, options.image_size), cache=options.cache or None, verbose=True
     )
     print(
@@ -80,7 +80,7 @@ def print_published(options: argparse.Namespace) -> None:
     rows = []
     for folder in folders:
         data = load_mvtec_folder(folder)
-        train, test = stage.fit_transform(list(data.X_train)), stage.transform(list(data.X_test))
+        train, test = extractor.fit_transform(list(data.X_train)), extractor.transform(list(data.X_test))
         fitted = {name: DFKDEDetector(features=None, **setting).fit(train) for name, setting in SETTINGS.items()}
         aurocs = [roc_auc_score(data.y_test, -found.score_samples(test)) for found in fitted.values()]
         rows.append([PUBLISHED.get(data.category, np.nan), *aurocs, fitted["auto"].n_components_])

@@ -35,14 +35,14 @@ _ENTRIES = 2**20
 class DFKDEDetector(OutlierMixin, BaseEstimator):
     """Deep feature kernel density estimation: find what does not look like the normal training data.
 
-    Images are described by a feature stage, the descriptions are reduced to their principal components, and a Gaussian
+    Images are described by a feature extractor, the descriptions are reduced to their principal components, and a Gaussian
     kernel density of the normal training rows tells how probable a new row is. The threshold is set from scores of
     training rows by fits that did not see them, so that the false-alarm rate asked for holds on new data.
 
     Parameters
     ----------
     features : "auto", transformer or None, default="auto"
-        The feature stage. "auto" takes a two-dimensional numeric X for the feature matrix and anything else for images,
+        The feature extractor. "auto" takes a two-dimensional numeric X for the feature matrix and anything else for images,
         described by :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must
         be a feature matrix.
     n_components : int, float or "auto", default=16
@@ -82,9 +82,9 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     Attributes
     ----------
     features_ : transformer or None
-        The fitted feature stage; None where X is the feature matrix.
+        The fitted feature extractor; None where X is the feature matrix.
     n_features_in_ : int
-        Number of features the density was fitted on: columns of X, or of what the feature stage returns.
+        Number of features the density was fitted on: columns of X, or of what the feature extractor returns.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns of X, where they are all strings.
     mean_ : ndarray of shape (`n_features_in_`,), float64
@@ -100,9 +100,9 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         The largest norm of a training row's components, by which "scale" divides.
     bandwidth_ : float
         The factor h.
-    support_ : ndarray of shape (n_support, `n_components_`)
+    kernel_centers_ : ndarray of shape (n_kernels, `n_components_`)
         The training rows of the density, whitened: their covariance is the identity.
-    loo_scores_ : ndarray of shape (n_samples,)
+    calibration_scores_ : ndarray of shape (n_samples,)
         Log density of each training row from a fit without it; these and no others set the threshold. See Notes.
     offset_ : float
         The threshold: rows whose log density lies below it are called anomalous.
@@ -120,13 +120,13 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     The density is the one of `scipy.stats.gaussian_kde` on the scaled principal components, computed in log space from
     start to end, in the dtype of the features (float32 or float64).
 
-    `loo_scores_` are cross-fitted: the training rows are cut into 20 consecutive folds, and each fold is scored by
+    `calibration_scores_` are cross-fitted: the training rows are cut into 20 consecutive folds, and each fold is scored by
     axes, whitening and kernels from the other folds. The same folds tell how far rows that a fit has not seen lie from
     its axes, which sets the scale of the residual, and how far along each axis: ``n_components="auto"`` keeps the first
     axes, as long as the variance of unseen rows is at most twice that of the rows that the axis comes from.
 
     Rows left out by `max_samples` or `contamination` are scored by the fit itself. `offset_` is the quantile
-    `target_fpr` of `loo_scores_`. It holds for new rows that come from where the training rows came from; if several
+    `target_fpr` of `calibration_scores_`. It holds for new rows that come from where the training rows came from; if several
     rows show one part, keep them adjacent, so that they share a fold. Rows that are equal share one wherever they are.
 
     References
@@ -203,12 +203,12 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
 
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Fit the feature stage, the principal components, the density and the threshold to normal data.
+        """Fit the feature extractor, the principal components, the density and the threshold to normal data.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features) or images
-            A feature matrix, or whatever the feature stage takes: paths, a folder, arrays, PIL images.
+            A feature matrix, or whatever the feature extractor takes: paths, a folder, arrays, PIL images.
         y : None
             Ignored; there for the interface.
 
@@ -231,7 +231,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:
         """Fit to X, and return +1 for rows of X that are normal and -1 for the anomalous ones.
 
-        Each row is judged by a fit without it: -1 where `loo_scores_` lies below `offset_`. ``fit(X).predict(X)`` would
+        Each row is judged by a fit without it: -1 where `calibration_scores_` lies below `offset_`. ``fit(X).predict(X)`` would
         not find the same: there each row is normal by its own kernel. Where `contamination` sets the threshold, rows
         that left the fit have no kernel, both find the same, and -1 is exactly that share of the rows.
 
@@ -285,11 +285,13 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
                 stacklevel=4,
             )
         self._keep(training.fitted)
-        self.loo_scores_ = self._scores_of_all(table, groups.numpy(), drawn, training.loo_scores.cpu().numpy())
+        self.calibration_scores_ = self._scores_of_all(
+            table, groups.numpy(), drawn, training.calibration_scores.cpu().numpy()
+        )
         self.classes_ = np.array([-1, 1])
         if self.contamination == "auto" or self.threshold_offset != "auto":
             self.offset_ = self._threshold()
-            return self.loo_scores_
+            return self.calibration_scores_
         fitted_scores = self._scores(table)
         self.offset_ = self._threshold_between(fitted_scores)
         return fitted_scores
@@ -334,7 +336,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     def p_values(self, X: Any) -> NDArray[np.float64]:
         """Return the conformal p-value of each row under the hypothesis that it is normal.
 
-        ``(1 + number of loo_scores_ <= score) / (1 + n_samples)``: a new normal row has a p-value of at most p with
+        ``(1 + number of calibration_scores_ <= score) / (1 + n_samples)``: a new normal row has a p-value of at most p with
         probability p [1]_, as far as it comes from where the training rows came from.
 
         Parameters
@@ -352,8 +354,8 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         .. [1] Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world, doi:10.1007/b106715
         """
         scores = self.score_samples(X)
-        not_above = np.searchsorted(np.sort(self.loo_scores_), scores, side="right")
-        return (1.0 + not_above.astype(np.float64)) / (1.0 + len(self.loo_scores_))
+        not_above = np.searchsorted(np.sort(self.calibration_scores_), scores, side="right")
+        return (1.0 + not_above.astype(np.float64)) / (1.0 + len(self.calibration_scores_))
 
     def decision_function(self, X: Any) -> NDArray[np.floating]:
         """Return the log density less the threshold: negative is anomalous.
@@ -425,7 +427,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         Returns
         -------
         DfkdeModel
-            Its `forward` gives P(anomalous) of image tensors, as from its `read_images`, where the feature stage is
+            Its `forward` gives P(anomalous) of image tensors, as from its `read_images`, where the feature extractor is
             :class:`TimmFeatures` or :class:`ScatteringFeatures`; of feature rows with any other.
 
         Raises
@@ -480,12 +482,12 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         NotFittedError
             If the detector is not fitted.
         TypeError
-            If the feature stage is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
+            If the feature extractor is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
             an object that the file cannot hold. Pickle and joblib keep any.
 
         Notes
         -----
-        Not kept are `device` and the `device` and `cache` of the feature stage, which belong to the machine, and a
+        Not kept are `device` and the `device` and `cache` of the feature extractor, which belong to the machine, and a
         `random_state` that is a generator.
         """
         check_is_fitted(self)
@@ -516,7 +518,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         weights : str or PathLike, default=None
             File with the backbone's weights, where they lie elsewhere than at the fit.
         device : str, torch.device or None, default=None
-            As in the constructor, for the detector and for its feature stage.
+            As in the constructor, for the detector and for its feature extractor.
         download : bool, default=False
             Whether pretrained weights that this machine lacks may be downloaded.
 
@@ -543,7 +545,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         """Write the fitted detector as one ONNX file; needs the extra ``onnx``.
 
         The input is ``images``, float32 of shape (n, 3, H, W), as `read_images` of the `to_torch` module gives them;
-        ``features`` of shape (n, n_features) where the feature stage is not :class:`TimmFeatures`. The outputs are
+        ``features`` of shape (n, n_features) where the feature extractor is not :class:`TimmFeatures`. The outputs are
         ``log_density`` and ``p_anomalous`` in the dtype of the features, and ``label``, int64, 1 or -1, all of shape
         (n,). Any number n of rows will do.
 
@@ -563,7 +565,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ImportError
             If the extra is not installed.
         ValueError
-            If the feature stage cannot be exported, `image_shape` is given and there is none, or the exported file
+            If the feature extractor cannot be exported, `image_shape` is given and there is none, or the exported file
             differs on `check` by more than runtimes round: 0.001 of a log density behind a network, 0.0001 with
             features of float32, 1e-8 of float64; in nats where it is below 1.
         """
@@ -623,7 +625,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             return float(self.threshold_offset)
         share = self.target_fpr if self.contamination == "auto" else self.contamination
         # Of the estimates of a quantile the one that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
-        return float(np.quantile(self.loo_scores_.astype(np.float64), share, method="median_unbiased"))
+        return float(np.quantile(self.calibration_scores_.astype(np.float64), share, method="median_unbiased"))
 
     def _threshold_between(self, fitted_scores: NDArray[np.floating]) -> float:
         """Return the threshold above the rows that are to be flagged and below the others, as the fit scores them.
@@ -635,7 +637,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         fitted_scores = np.sort(fitted_scores.astype(np.float64))
         first_normal = float(fitted_scores[n_anomalous])
         last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)
-        rounding = 16 * float(np.finfo(self.loo_scores_.dtype).eps) * max(1.0, abs(last), abs(first_normal))
+        rounding = 16 * float(np.finfo(self.calibration_scores_.dtype).eps) * max(1.0, abs(last), abs(first_normal))
         if first_normal - last <= rounding:
             return first_normal - rounding  # a tie: rows of one score are of one kind
         margin = min(256 * rounding, (first_normal - last) / 2)
@@ -659,7 +661,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         self.n_components_ = len(self.components_)
         self.max_length_ = density.max_length / fitted.scale
         self.bandwidth_ = density.bandwidth
-        self.support_ = density.support.cpu().numpy()
+        self.kernel_centers_ = density.kernel_centers.cpu().numpy()
         self._scale = fitted.scale
         self._whitening = density.whitening.cpu().numpy()
         self._log_volume = density.log_volume
@@ -679,7 +681,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             log_volume=self._log_volume,
             log_jacobian=self._log_jacobian,
             bandwidth=self.bandwidth_,
-            support=_tensor(self.support_, device).to(dtype),
+            kernel_centers=_tensor(self.kernel_centers_, device).to(dtype),
             residual=self._residual,
             gaussian_residual=self._gaussian_residual,
         )
@@ -706,7 +708,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
 
     def _fit_features(self, X: Any) -> NDArray[np.number]:
-        """Fit the feature stage and return the feature matrix."""
+        """Fit the feature extractor and return the feature matrix."""
         if self.features is None or (isinstance(self.features, str) and _is_matrix(X)):
             self.features_ = None
             return self._validated(X, reset=True)

@@ -500,7 +500,7 @@ def _check_stack(X: np.ndarray | torch.Tensor) -> None:
     if len(shape) == 2:
         raise ValueError(
             f"images: an array of shape {shape} may be a feature matrix or one grey image. For one image pass"
-            " X[None]; a feature matrix needs no feature stage: pass it to the detector with features=None."
+            " X[None]; a feature matrix needs no feature extractor: pass it to the detector with features=None."
         )
     if len(shape) == 3 and shape[-1] in CHANNELS:
         raise ValueError(

@@ -42,7 +42,7 @@ def load_mvtec_folder(root: str | os.PathLike[str]) -> Bunch:
         root/test/<defect>/NAME.png             images with that defect
         root/ground_truth/<defect>/NAME_mask.png, or NAME.png
 
-    Nothing is decoded: the images stay paths until a feature stage reads them.
+    Nothing is decoded: the images stay paths until a feature extractor reads them.
 
     Parameters
     ----------

@@ -95,7 +95,7 @@ def test_the_residual_term_is_learnt_from_rows_that_a_fit_has_not_seen(residual,
 
     r = ((new - X.mean(0)) ** 2).sum(1) - (((new - X.mean(0)) @ plain.components_.T) ** 2).sum(1)
     np.testing.assert_allclose(detector.score_samples(new), plain.score_samples(new) + term(r), rtol=1e-10)
-    np.testing.assert_allclose(detector.loo_scores_, plain.loo_scores_ + term(distances), rtol=1e-10)
+    np.testing.assert_allclose(detector.calibration_scores_, plain.calibration_scores_ + term(distances), rtol=1e-10)
 
 
 @pytest.mark.parametrize("residual", ["gaussian", "box"])
@@ -156,7 +156,7 @@ def test_auto_is_the_fit_of_the_number_that_it_finds(settings):
     fixed = DFKDEDetector(n_components=found.n_components_, **settings).fit(X)
     assert np.array_equal(found.score_samples(new), fixed.score_samples(new))
     # Axes without a fold come from the decomposition of all that "auto" counts them by, or from one of the first.
-    np.testing.assert_allclose(found.loo_scores_, fixed.loo_scores_, rtol=1e-12)
+    np.testing.assert_allclose(found.calibration_scores_, fixed.calibration_scores_, rtol=1e-12)
 
 
 def test_one_row_from_elsewhere_does_not_end_auto():
@@ -192,9 +192,9 @@ def test_attributes_describe_the_fit(scaling):
     np.testing.assert_allclose(np.abs(detector.components_ @ pca.components_.T), np.eye(5), atol=1e-12)
     assert (detector.components_[range(5), np.abs(detector.components_).argmax(1)] > 0).all()
     assert detector.max_length_ == pytest.approx(np.linalg.norm(pca.transform(X), axis=1).max())
-    np.testing.assert_allclose(np.cov(detector.support_.T), np.eye(5), atol=1e-10)
+    np.testing.assert_allclose(np.cov(detector.kernel_centers_.T), np.eye(5), atol=1e-10)
     assert detector.n_components_ == 5
-    assert detector.loo_scores_.shape == (50,)
+    assert detector.calibration_scores_.shape == (50,)
     assert detector.classes_.tolist() == [-1, 1]
 
 
@@ -251,7 +251,7 @@ def test_a_residual_that_is_only_rounding_is_none(residual, dtype, offset):
     rtol = 1e-12 if dtype == np.float64 else 1e-6
     np.testing.assert_allclose([detector.score_samples(row[None])[0] for row in new], together, rtol=rtol)
     np.testing.assert_allclose(np.ptp(together - plain.score_samples(new)), 0, atol=rtol * abs(together).max())
-    np.testing.assert_allclose(np.ptp(detector.loo_scores_ - plain.loo_scores_), 0, atol=1e4 * rtol)
+    np.testing.assert_allclose(np.ptp(detector.calibration_scores_ - plain.calibration_scores_), 0, atol=1e4 * rtol)
     new[:, 0] += 0.01
     assert (detector.score_samples(new)[:50] < together[:50] - 1e4).all()
 
@@ -293,7 +293,7 @@ def test_a_fit_depends_on_neither_threads_nor_memory(n_components, contamination
         torch.set_num_threads(number)
     for other in detectors[1:]:
         assert other.n_components_ == detectors[0].n_components_
-        np.testing.assert_allclose(other.loo_scores_, detectors[0].loo_scores_, rtol=1e-10)
+        np.testing.assert_allclose(other.calibration_scores_, detectors[0].calibration_scores_, rtol=1e-10)
         np.testing.assert_allclose(other.score_samples(X), detectors[0].score_samples(X), rtol=1e-10)
 
 
@@ -323,7 +323,12 @@ def test_float32_stays_float32_and_agrees_with_float64():
     X, new = rows(200, 10).astype(np.float32), rows(50, 10, seed=2).astype(np.float32)
     single = DFKDEDetector(n_components=4, residual="box").fit(X)
     double = DFKDEDetector(n_components=4, residual="box").fit(X.astype(np.float64))
-    assert single.score_samples(new).dtype == single.loo_scores_.dtype == single.support_.dtype == np.float32
+    assert (
+        single.score_samples(new).dtype
+        == single.calibration_scores_.dtype
+        == single.kernel_centers_.dtype
+        == np.float32
+    )
     assert single.predict_proba(new).dtype == single.decision_function(new).dtype == np.float32
     np.testing.assert_allclose(single.score_samples(new), double.score_samples(new.astype(float)), atol=5e-5)
 
@@ -331,7 +336,7 @@ def test_float32_stays_float32_and_agrees_with_float64():
 def test_loo_bandwidth_maximises_the_leave_one_out_likelihood():
     X = np.r_[rows(100, 3), rows(100, 3, seed=2) + 40]
     detector = DFKDEDetector(n_components=2, bandwidth="loo").fit(X)
-    A = detector.support_
+    A = detector.kernel_centers_
 
     def likelihood(h):
         exponents = -((A[:, None] - A) ** 2).sum(2) / (2 * h * h)
@@ -350,7 +355,9 @@ def test_loo_scores_come_from_fits_without_the_fold():
     detector = DFKDEDetector(n_components=4).fit(X)
     for start, stop in pairwise(round(i * 43 / 20) for i in range(21)):
         others = DFKDEDetector(n_components=4).fit(np.delete(X, np.s_[start:stop], 0))
-        np.testing.assert_allclose(detector.loo_scores_[start:stop], others.score_samples(X[start:stop]), rtol=1e-10)
+        np.testing.assert_allclose(
+            detector.calibration_scores_[start:stop], others.score_samples(X[start:stop]), rtol=1e-10
+        )
 
 
 @pytest.mark.parametrize("settings", [{"scaling": "norm"}, {"bandwidth": 0.4}, {"scaling": None}])
@@ -360,14 +367,14 @@ def test_loo_scores_of_a_few_rows_leave_out_one_row_each(settings):
     expected = [
         DFKDEDetector(n_components=3, **settings).fit(np.delete(X, i, 0)).score_samples(X[[i]])[0] for i in range(12)
     ]
-    np.testing.assert_allclose(detector.loo_scores_, expected, rtol=1e-9)
+    np.testing.assert_allclose(detector.calibration_scores_, expected, rtol=1e-9)
 
 
 def test_folds_of_wide_data_are_refitted_closely_on_its_first_axes():
     X = rows(600, 700)
     detector = DFKDEDetector(n_components=4).fit(X)
     others = DFKDEDetector(n_components=4).fit(X[30:])
-    np.testing.assert_allclose(detector.loo_scores_[:30], others.score_samples(X[:30]), rtol=2e-3)
+    np.testing.assert_allclose(detector.calibration_scores_[:30], others.score_samples(X[:30]), rtol=2e-3)
 
 
 @pytest.mark.parametrize("n", [40, 100, 400])
@@ -409,7 +416,7 @@ def test_contamination_leaves_the_anomalies_out_of_the_fit():
     X = np.r_[rows(180, 10), (rows(20, 10, seed=2) - 3) * 30]
     detector = DFKDEDetector(n_components=3, contamination=0.1).fit(X)
     assert (detector.predict(X)[180:] == -1).all()
-    assert len(detector.support_) == 180
+    assert len(detector.kernel_centers_) == 180
     clean = DFKDEDetector(n_components=3).fit(X[:180])
     np.testing.assert_allclose(detector.mean_, clean.mean_, rtol=1e-12)
     np.testing.assert_allclose(detector.score_samples(X), clean.score_samples(X), rtol=1e-8)
@@ -424,7 +431,7 @@ def test_fit_predict_finds_the_outliers_among_the_training_rows():
     assert labels.dtype == np.int64
     assert (labels[far] == -1).all()
     assert (labels == -1).sum() <= 16
-    np.testing.assert_array_equal(labels == -1, detector.loo_scores_ < detector.offset_)
+    np.testing.assert_array_equal(labels == -1, detector.calibration_scores_ < detector.offset_)
     # Each has a kernel of its own, by which it looks normal to the fit that it is part of.
     assert (detector.predict(X[far]) == 1).all()
 
@@ -443,7 +450,7 @@ def test_fit_predict_follows_a_threshold_that_is_given():
     X = rows(60, 12)
     for contamination in ("auto", 0.1):
         detector = DFKDEDetector(n_components=4, threshold_offset=-1.0, contamination=contamination)
-        np.testing.assert_array_equal(detector.fit_predict(X) == -1, detector.loo_scores_ < -1.0)
+        np.testing.assert_array_equal(detector.fit_predict(X) == -1, detector.calibration_scores_ < -1.0)
     with pytest.raises(ValueError, match="The 'target_fpr' parameter"):
         DFKDEDetector(target_fpr=2.0).fit_predict(X)
 
@@ -491,7 +498,7 @@ def test_probability_is_the_logistic_curve_and_agrees_with_predict():
 def test_p_values_count_training_scores():
     X, new = rows(40, 6), np.r_[rows(20, 6, seed=2), rows(2, 6, seed=3) * 50]
     detector = DFKDEDetector(n_components=3).fit(X)
-    expected = [(1 + sum(loo <= s for loo in detector.loo_scores_)) / 41 for s in detector.score_samples(new)]
+    expected = [(1 + sum(loo <= s for loo in detector.calibration_scores_)) / 41 for s in detector.score_samples(new)]
     np.testing.assert_allclose(detector.p_values(new), expected)
     assert detector.p_values(new)[-1] == pytest.approx(1 / 41)
 
@@ -501,14 +508,14 @@ def test_max_samples_draws_with_the_random_state():
     detector = DFKDEDetector(n_components=3, max_samples=50, random_state=0).fit(X)
     again = DFKDEDetector(n_components=3, max_samples=50, random_state=0).fit(X)
     other = DFKDEDetector(n_components=3, max_samples=50, random_state=1).fit(X)
-    assert len(detector.support_) == 50
-    assert np.array_equal(detector.support_, again.support_)
-    assert not np.array_equal(detector.support_, other.support_)
+    assert len(detector.kernel_centers_) == 50
+    assert np.array_equal(detector.kernel_centers_, again.kernel_centers_)
+    assert not np.array_equal(detector.kernel_centers_, other.kernel_centers_)
     drawn = np.sort(np.random.RandomState(0).choice(200, 50, replace=False))
     others = np.setdiff1d(np.arange(200), drawn)
-    np.testing.assert_allclose(detector.loo_scores_[others], detector.score_samples(X[others]), rtol=1e-12)
+    np.testing.assert_allclose(detector.calibration_scores_[others], detector.score_samples(X[others]), rtol=1e-12)
     np.testing.assert_allclose(
-        detector.loo_scores_[drawn], DFKDEDetector(n_components=3).fit(X[drawn]).loo_scores_, rtol=1e-10
+        detector.calibration_scores_[drawn], DFKDEDetector(n_components=3).fit(X[drawn]).calibration_scores_, rtol=1e-10
     )
 
 
@@ -518,7 +525,7 @@ def test_copies_among_rows_that_are_not_drawn_are_scored_as_the_drawn_ones():
         detector = DFKDEDetector(n_components=3, max_samples=80, random_state=0).fit(X)
     drawn = np.sort(np.random.RandomState(0).choice(180, 80, replace=False))
     for i in range(60):
-        scores = detector.loo_scores_[i::60]
+        scores = detector.calibration_scores_[i::60]
         if any(j in drawn for j in (i, i + 60, i + 120)):
             np.testing.assert_allclose(scores, scores[0], rtol=1e-10)
         else:
@@ -548,7 +555,7 @@ def test_copies_share_a_fold():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*exact copies")
             others = DFKDEDetector(n_components=4).fit(copied[~here])
-        np.testing.assert_allclose(detector.loo_scores_[here], others.score_samples(copied[here]), rtol=1e-10)
+        np.testing.assert_allclose(detector.calibration_scores_[here], others.score_samples(copied[here]), rtol=1e-10)
 
 
 def test_zero_of_either_sign_makes_a_copy():
@@ -707,7 +714,7 @@ def test_a_device_that_is_not_there_is_refused_with_the_ways_out(device):
 
 
 class Columns(TransformerMixin, BaseEstimator):
-    """A feature stage: the means and spreads of images."""
+    """A feature extractor: the means and spreads of images."""
 
     def fit(self, X, y=None):
         self.n_features_out_ = 2
@@ -719,9 +726,9 @@ class Columns(TransformerMixin, BaseEstimator):
 
 def test_a_feature_stage_is_cloned_fitted_and_used():
     images = np.random.default_rng(0).random((40, 8, 8))
-    stage = Columns()
-    detector = DFKDEDetector(features=stage).fit(images)
-    assert not hasattr(stage, "n_features_out_")
+    extractor = Columns()
+    detector = DFKDEDetector(features=extractor).fit(images)
+    assert not hasattr(extractor, "n_features_out_")
     assert detector.features_.n_features_out_ == detector.n_features_in_ == 2
     on_features = DFKDEDetector().fit(Columns().transform(images))
     np.testing.assert_allclose(detector.score_samples(images), on_features.score_samples(Columns().transform(images)))
@@ -768,9 +775,9 @@ def test_numbers_of_other_types_are_scored_as_float64(dtype):
     detector = DFKDEDetector(n_components=4, residual="box").fit(X)
     expected = DFKDEDetector(n_components=4, residual="box").fit(X.astype(np.float64))
     scores = detector.score_samples(new)
-    assert scores.dtype == detector.loo_scores_.dtype == np.float64
+    assert scores.dtype == detector.calibration_scores_.dtype == np.float64
     np.testing.assert_array_equal(scores, expected.score_samples(new.astype(np.float64)))
-    np.testing.assert_array_equal(detector.loo_scores_, expected.loo_scores_)
+    np.testing.assert_array_equal(detector.calibration_scores_, expected.calibration_scores_)
     assert detector.offset_ == expected.offset_
 
 
@@ -828,7 +835,7 @@ def test_pickles_memory_maps_and_odd_layouts_score_the_same(tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(detector)).score_samples(new), expected)
     joblib.dump(detector, tmp_path / "detector.joblib")
     mapped = joblib.load(tmp_path / "detector.joblib", mmap_mode="r")
-    assert not mapped.support_.flags.writeable
+    assert not mapped.kernel_centers_.flags.writeable
     np.testing.assert_allclose(mapped.score_samples(new), expected, rtol=1e-12)
     frozen = new.copy()
     frozen.flags.writeable = False

@@ -113,7 +113,7 @@ def _add_fit(commands: Any) -> None:
         metavar="VALUE",
         help="the value of 16-bit samples that is white: 4095 for 12 bits in 16-bit files (default: 65535)",
     )
-    _add_stage_run(group)
+    _add_extractor_run(group)
     group = _add_detector(command, residual="none")
     group.add_argument(
         "--contamination",
@@ -164,7 +164,7 @@ def _add_score(commands: Any) -> None:
     )
     group = command.add_argument_group("how images are described")
     group.add_argument("--weights", metavar="FILE", help="weights of the backbone, where they have moved since the fit")
-    _add_stage_run(group)
+    _add_extractor_run(group)
     _add_common(command)
 
 
@@ -173,14 +173,14 @@ def _add_cache(commands: Any) -> None:
         "cache",
         help="tell the size of a feature cache, or empty it",
         description="Tell how much is in a folder that dfkde fit and dfkde score use as --cache FOLDER, and feature "
-        "stages as cache=FOLDER in Python, or empty it. "
+        "extractors as cache=FOLDER in Python, or empty it. "
         "Features that are no longer there are computed again where they are needed.",
     )
     command.add_argument("action", choices=("size", "clear"), help="size: tell it; clear: empty it, then tell it")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the cache")
 
 
-def _add_stage_run(group: Any) -> None:
+def _add_extractor_run(group: Any) -> None:
     group.add_argument(
         "--batch-size", type=int, metavar="N", help="images described at once; does not change the result"
     )

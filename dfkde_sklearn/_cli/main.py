@@ -179,7 +179,7 @@ def _fit(options: argparse.Namespace) -> int:
     _check_writable(options.model, options.force)
     train, test = _training_images(options.folder)
     detector = DFKDEDetector(
-        _feature_stage(options),
+        _feature_extractor(options),
         n_components=options.n_components,
         residual=RESIDUALS[options.residual],
         contamination="auto" if options.contamination is None else options.contamination,
@@ -204,19 +204,23 @@ def _fit(options: argparse.Namespace) -> int:
             "Model": f"{options.model}, for dfkde score",
         }
     )
-    lowest = np.argsort(detector.loo_scores_)[:N_LOWEST]
+    lowest = np.argsort(detector.calibration_scores_)[:N_LOWEST]
     _print_table(
         "The training images that look least normal to a fit without them; see whether they are good:",
         ("path", "score", "less threshold"),
         [
-            (train[i], f"{detector.loo_scores_[i]:.2f}", f"{detector.loo_scores_[i] - detector.offset_:.2f}")
+            (
+                train[i],
+                f"{detector.calibration_scores_[i]:.2f}",
+                f"{detector.calibration_scores_[i] - detector.offset_:.2f}",
+            )
             for i in lowest
         ],
     )
     if test is not None:
         _say(options, f"Scoring {len(test.X_test)} test images")
-        stage: Any = detector.features_
-        scored = _scored(detector, stage.transform(test.X_test))
+        extractor: Any = detector.features_
+        scored = _scored(detector, extractor.transform(test.X_test))
         _print_heading(f"On the {len(test.X_test)} images in {options.folder / 'test'}:")
         _print_facts(_quality(scored, test.y_test, test.defects_test))
     return DONE
@@ -324,11 +328,11 @@ def _training_images(folder: Path) -> tuple[list[str], Bunch | None]:
 
 
 def _features_and_broken(
-    stage: Any, paths: list[str], skip_broken: bool
+    extractor: Any, paths: list[str], skip_broken: bool
 ) -> tuple[NDArray[np.floating], dict[str, str]]:
     """Return the features of the readable images, and of the others the reason; none are others unless skipped."""
     try:
-        return stage.transform(paths), {}
+        return extractor.transform(paths), {}
     except (ValueError, OSError):
         # One pass more, and only where something is wrong: most folders have no broken image.
         broken = _broken(paths) if skip_broken else {}
@@ -337,7 +341,7 @@ def _features_and_broken(
     readable = [path for path in paths if path not in broken]
     if not readable:
         raise ValueError(f"None of the {len(paths)} images can be read. {next(iter(broken.values()))}")
-    return stage.transform(readable), broken
+    return extractor.transform(readable), broken
 
 
 def _broken(paths: list[str]) -> dict[str, str]:
@@ -365,7 +369,7 @@ class _Scored(NamedTuple):
 
 def _scored(detector: DFKDEDetector, features: NDArray[np.floating]) -> _Scored:
     """Return what the detector says of images with these features."""
-    # Without its feature stage it takes their features: the images go through the network once, not four times.
+    # Without its feature extractor it takes their features: the images go through the network once, not four times.
     density = copy.copy(detector)
     density.features_ = None
     return _Scored(
@@ -380,7 +384,7 @@ def _worst_first(scored: _Scored) -> NDArray[np.int64]:
     return np.argsort(scored.scores, kind="stable")
 
 
-def _feature_stage(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
+def _feature_extractor(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
     names = ("layers", "weights", "image_size", "white_level", "batch_size", "cache", "device")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["verbose"] = _shows_progress(options)
@@ -396,8 +400,12 @@ def _feature_stage(options: argparse.Namespace) -> ScatteringFeatures | TimmFeat
 
 
 def _description(detector: DFKDEDetector) -> str:
-    stage: Any = detector.features_
-    name = "scattering" if isinstance(stage, ScatteringFeatures) else ", ".join([stage.backbone_name_, *stage.layers_])
+    extractor: Any = detector.features_
+    name = (
+        "scattering"
+        if isinstance(extractor, ScatteringFeatures)
+        else ", ".join([extractor.backbone_name_, *extractor.layers_])
+    )
     return (
         f"{detector.n_features_in_} features ({name}), {detector.n_components_} principal components, "
         f"{detector.residual or 'no'} residual"
@@ -411,9 +419,9 @@ def _threshold(detector: DFKDEDetector) -> str:
 def _save(detector: DFKDEDetector, path: Path, force: bool) -> None:
     _check_writable(path, force)
     saved = copy.copy(detector)
-    stage: Any = copy.copy(detector.features_)
+    extractor: Any = copy.copy(detector.features_)
     # Whether bars were shown at the fit is not the model's.
-    saved.features_ = stage.set_params(verbose=False)
+    saved.features_ = extractor.set_params(verbose=False)
     saved.save(path)
 
 
@@ -434,11 +442,11 @@ def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
             ) from error
         advice = " On the command line, weights= is --weights." if "weights=" in str(error) else ""
         raise ValueError(f"MODEL {path}: {error}{advice}") from error
-    stage: Any = detector.features_
-    if stage is None:
+    extractor: Any = detector.features_
+    if extractor is None:
         raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
     given = {name: getattr(options, name) for name in ("batch_size", "cache") if getattr(options, name) is not None}
-    stage.set_params(verbose=_shows_progress(options), **given)
+    extractor.set_params(verbose=_shows_progress(options), **given)
     return detector
 
 

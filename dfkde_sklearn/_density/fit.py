@@ -69,13 +69,13 @@ class Training(NamedTuple):
     """The result of `fit`.
 
     fitted : FeatureDensity.
-    loo_scores : Tensor (n,), the log density of each training row from a fit without it.
+    calibration_scores : Tensor (n,), the log density of each training row from a fit without it.
     n_unrefitted : int, rows for which only their own kernel could be left out.
     n_torn : int, rows that would not be in the fold of the first row of their group if folds were consecutive rows.
     """
 
     fitted: FeatureDensity
-    loo_scores: Tensor
+    calibration_scores: Tensor
     n_unrefitted: int
     n_torn: int
 
@@ -367,7 +367,7 @@ def cross_fitted(narrow: NarrowRows, whole: TrimmedDensity, settings: Settings) 
     # A searched bandwidth is one number learnt from all rows: searching it again in each fold hardly changes it.
     if settings.bandwidth == "loo":
         settings = settings._replace(bandwidth=whole.density.bandwidth)
-    log_densities = whole.density.support.new_full((len(narrow.rows),), torch.nan)
+    log_densities = whole.density.kernel_centers.new_full((len(narrow.rows),), torch.nan)
     squared_distances = narrow.beyond.new_full((len(narrow.rows),), torch.nan)
 
     def score(fold: Fold) -> None:

@@ -101,7 +101,7 @@ class RowDensity:
     log_volume : float; what whitening adds to the log density of the scaled coordinates.
     log_jacobian : float; what turns a density of scaled coordinates into one of coordinates in the feature space.
     bandwidth : float, the factor h.
-    support : Tensor (n, d), the whitened training rows, in the dtype that densities are computed in.
+    kernel_centers : Tensor (n, d), the whitened training rows, in the dtype that densities are computed in.
     residual : ResidualTerm to add to the log density, or None.
     gaussian_residual : ResidualTerm of probabilistic PCA, which completes a density of the whole feature space; None
         where the axes span it.
@@ -116,7 +116,7 @@ class RowDensity:
     log_volume: float
     log_jacobian: float
     bandwidth: float
-    support: Tensor
+    kernel_centers: Tensor
     residual: ResidualTerm | None
     gaussian_residual: ResidualTerm | None
 
@@ -126,7 +126,9 @@ class RowDensity:
 
     def kernel_log_density(self, whitened: Tensor, working_memory: int) -> Tensor:
         """Return the natural log of the kernel density of whitened rows (n, d)."""
-        return log_density(whitened, self.support, self.bandwidth, working_memory=working_memory) + self.log_volume
+        return (
+            log_density(whitened, self.kernel_centers, self.bandwidth, working_memory=working_memory) + self.log_volume
+        )
 
     def full_log_density(self, whitened: Tensor, squared_distances: Tensor, working_memory: int) -> Tensor:
         """Return the natural log of the density in the whole feature space, whatever `residual` scores with."""
@@ -160,10 +162,10 @@ class RowDensity:
         return coordinates, (centred - product(coordinates, self.axes.T)).square_().sum(1)
 
     def whiten(self, coordinates: Tensor) -> Tensor:
-        """Return coordinates (n, d) scaled and whitened, in the dtype of the support."""
+        """Return coordinates (n, d) scaled and whitened, in the dtype of the kernel_centers."""
         whitened = product(scaled(coordinates, self.scaling, self.max_length), self.whitening)
-        largest = torch.finfo(self.support.dtype).max
-        return whitened.clamp_(-largest, largest).to(self.support.dtype)
+        largest = torch.finfo(self.kernel_centers.dtype).max
+        return whitened.clamp_(-largest, largest).to(self.kernel_centers.dtype)
 
     def in_features(self, whole: Span) -> RowDensity:
         """Return the same density of rows of features, of which these rows are the coordinates on their span.
@@ -177,7 +179,7 @@ class RowDensity:
             centre=whole.in_features(self.centre[:, None])[:, 0],
             axes=axes * signs,
             whitening=signs[:, None] * self.whitening * signs,
-            support=self.support * signs.to(self.support.dtype),
+            kernel_centers=self.kernel_centers * signs.to(self.kernel_centers.dtype),
         )
 
 
@@ -230,7 +232,7 @@ class FeatureDensity:
         in_threads = rows.X.is_cpu and n_products > 2**17
         if n <= size and not in_threads:
             return taken_apart(start, stop)
-        whitened = self.density.support.new_empty(n, d)
+        whitened = self.density.kernel_centers.new_empty(n, d)
         squared_distances = rows.mean.new_empty(n if has_residual else 0)
 
         def fill(first: int) -> None:
@@ -288,7 +290,7 @@ def row_density(
         return None
     kept = without_lowest(found, centre)
     density = _kernels(found, centre, settings, units)
-    return TrimmedDensity(replace(density, support=density.whiten(density.split(table[kept])[0])), kept)
+    return TrimmedDensity(replace(density, kernel_centers=density.whiten(density.split(table[kept])[0])), kept)
 
 
 def n_leaving(contamination: float, n: int) -> int:
@@ -310,12 +312,12 @@ def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Un
         _, triangle = torch.linalg.qr(unwhitened - unwhitened.mean(0), mode="r")
         _, lengths, directions = torch.linalg.svd(triangle, full_matrices=False)
         whitening = directions.T * (math.sqrt(n - 1) / lengths)
-        support = unwhitened @ whitening
+        kernel_centers = unwhitened @ whitening
     else:
         lengths = found.singular_values / (max_length if scaling == "scale" else 1.0)
         factors = math.sqrt(n - 1) / lengths
-        whitening, support = factors.diag(), unwhitened * factors
-    support = support.to(units.dtype)
+        whitening, kernel_centers = factors.diag(), unwhitened * factors
+    kernel_centers = kernel_centers.to(units.dtype)
     log_volume = float(d * math.log(n - 1) / 2 - lengths.log().sum())
     # Without scaling the coordinates are in the units of the features but for the power of two.
     log_volume += d * math.log(units.scale) if scaling is None else 0.0
@@ -328,22 +330,22 @@ def _kernels(found: PrincipalAxes, centre: Tensor, settings: Settings, units: Un
         whitening=whitening,
         log_volume=log_volume,
         log_jacobian=d * (math.log(units.scale) - math.log(max_length)) if scaling == "scale" else 0.0,
-        bandwidth=bandwidth_factor(settings.bandwidth, support, settings.working_memory),
-        support=support,
+        bandwidth=bandwidth_factor(settings.bandwidth, kernel_centers, settings.working_memory),
+        kernel_centers=kernel_centers,
         residual=residual_term(settings.residual, total, squares, n, d, units),
         gaussian_residual=residual_term("gaussian", total, squares, n, d, units),
     )
 
 
-def bandwidth_factor(rule: Bandwidth, support: Tensor, working_memory: int) -> float:
-    """Return the factor h that `rule` gives for whitened rows `support` (n, d)."""
-    n, d = support.shape
+def bandwidth_factor(rule: Bandwidth, kernel_centers: Tensor, working_memory: int) -> float:
+    """Return the factor h that `rule` gives for whitened rows `kernel_centers` (n, d)."""
+    n, d = kernel_centers.shape
     if rule == "scott":
         return scott_bandwidth(n, d)
     if rule == "silverman":
         return silverman_bandwidth(n, d)
     if rule == "loo":
-        return leave_one_out_bandwidth(support, working_memory=working_memory)
+        return leave_one_out_bandwidth(kernel_centers, working_memory=working_memory)
     return float(rule)
 
 

@@ -44,7 +44,7 @@ class AnomalibState:
     axes : Tensor (D, d), float64.
     max_length : float, the largest norm of a training row on the axes.
     whitening : Tensor (d, d), float64; makes scaled components white.
-    support : Tensor (n, d), float64; the whitened training rows.
+    kernel_centers : Tensor (n, d), float64; the whitened training rows.
     scaling : "scale" or "norm".
     backbone : dict, the weights of the backbone by their names in it; empty where the file holds none.
     """
@@ -53,7 +53,7 @@ class AnomalibState:
     axes: Tensor
     max_length: float
     whitening: Tensor
-    support: Tensor
+    kernel_centers: Tensor
     scaling: Literal["scale", "norm"]
     backbone: dict[str, Tensor]
 
@@ -65,7 +65,7 @@ class AnomalibState:
     @property
     def bandwidth(self) -> float:
         """Scott's factor."""
-        return scott_bandwidth(*self.support.shape)
+        return scott_bandwidth(*self.kernel_centers.shape)
 
     @property
     def log_volume(self) -> float:
@@ -76,7 +76,7 @@ class AnomalibState:
     def density(self) -> FeatureDensity:
         """Return the density of feature rows; what the components leave out is not in the file."""
         if self.scaling == "scale":
-            singular_values = _scaled_rows(self.support, self.whitening).norm(dim=0) * self.max_length
+            singular_values = _scaled_rows(self.kernel_centers, self.whitening).norm(dim=0) * self.max_length
             log_jacobian = -self.n_components * math.log(self.max_length)
         else:
             # Lengths of rows are not in the file.
@@ -95,7 +95,7 @@ class AnomalibState:
                 log_volume=self.log_volume,
                 log_jacobian=log_jacobian,
                 bandwidth=self.bandwidth,
-                support=self.support,
+                kernel_centers=self.kernel_centers,
                 residual=None,
                 gaussian_residual=None,
             ),
@@ -104,7 +104,7 @@ class AnomalibState:
     def leave_one_out(self) -> Tensor:
         """Return the log density (n,) of each training row without its own kernel."""
         # For "norm" the kernels were centred and rows that are scored are not, so these stand in for those.
-        return leave_one_out(self.support, self.bandwidth) + self.log_volume
+        return leave_one_out(self.kernel_centers, self.bandwidth) + self.log_volume
 
 
 def read_state(weights: str | PathLike[str] | Mapping[str, Any]) -> AnomalibState:
@@ -214,18 +214,18 @@ def _checked(learnt: dict[str, Tensor], backbone: dict[str, Tensor], source: str
     if 1e-37 < float(norm) < 1e38 and abs(math.log(float(norm)) - log_norm) > _TOLERANCE:
         raise ValueError(f"{source} holds a kde_model.norm that does not belong to its kde_model.bw_transform.")
     h = scott_bandwidth(n, d)
-    whitening, support = factor * h, dataset * h
-    scaling = _scaling(_scaled_rows(support, whitening))
+    whitening, kernel_centers = factor * h, dataset * h
+    scaling = _scaling(_scaled_rows(kernel_centers, whitening))
     if scaling is None:
         raise ValueError(
             f"{source} holds training rows that are neither of largest length 1 ('scale') nor unit rows less their "
             "mean ('norm'): it is not of a DFKDE model."
         )
-    return AnomalibState(mean, axes, float(max_length), whitening, support, scaling, backbone)
+    return AnomalibState(mean, axes, float(max_length), whitening, kernel_centers, scaling, backbone)
 
 
-def _scaled_rows(support: Tensor, whitening: Tensor) -> Tensor:
-    return torch.linalg.solve(whitening, support, left=False)
+def _scaled_rows(kernel_centers: Tensor, whitening: Tensor) -> Tensor:
+    return torch.linalg.solve(whitening, kernel_centers, left=False)
 
 
 def _scaling(rows: Tensor) -> Literal["scale", "norm"] | None:

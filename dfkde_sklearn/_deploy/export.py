@@ -132,7 +132,7 @@ class Preprocessing(nn.Module):
 
     Parameters
     ----------
-    stage : TimmFeatures
+    extractor : TimmFeatures
         Fitted.
     image_shape : tuple (height, width)
         Of the images, in pixels.
@@ -143,32 +143,32 @@ class Preprocessing(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, stage: TimmFeatures, image_shape: tuple[int, int]) -> None:
+    def __init__(self, extractor: TimmFeatures, image_shape: tuple[int, int]) -> None:
         super().__init__()
         height, width = image_shape
         if min(image_shape) < 1:
             raise ValueError(f"image_shape={image_shape}. Allowed: (height, width) in pixels.")
-        if stage.crop_mode_ not in ("center", "squash"):
+        if extractor.crop_mode_ not in ("center", "squash"):
             raise ValueError(
-                f"image_shape={image_shape}: the backbone pads its images (crop mode {stage.crop_mode_!r}), and "
+                f"image_shape={image_shape}: the backbone pads its images (crop mode {extractor.crop_mode_!r}), and "
                 f"padding is not exported. {_OUTSIDE}"
             )
-        resize, crop, *_ = timm_transform(stage).transforms
+        resize, crop, *_ = timm_transform(extractor).transforms
         resized = resize(Image.new("RGB", (width, height)))
         # Where each pixel of the crop comes from; 0 where it is padding.
         places = 1 + np.arange(resized.height * resized.width, dtype=np.int32).reshape(resized.height, resized.width)
         cropped = np.asarray(crop(Image.fromarray(places)))
-        if cropped.shape != tuple(stage.input_size_) or not cropped.all():
+        if cropped.shape != tuple(extractor.input_size_) or not cropped.all():
             raise ValueError(
                 f"image_shape={image_shape}: resized to {resized.height} x {resized.width} pixels, the image does not "
-                f"fill the crop of {stage.input_size_}, and padding is not exported. {_OUTSIDE}"
+                f"fill the crop of {extractor.input_size_}, and padding is not exported. {_OUTSIDE}"
             )
         rows, columns = np.divmod(cropped - 1, resized.width)
         resample = getattr(resize, "interpolation", None)
         self.register_buffer("across", _resizing(width, resized.width, resample)[columns[0]])
         self.register_buffer("down", _resizing(height, resized.height, resample)[rows[:, 0]])
-        self.register_buffer("mean", torch.tensor(stage.mean_).reshape(3, 1, 1))
-        self.register_buffer("std", torch.tensor(stage.std_).reshape(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(extractor.mean_).reshape(3, 1, 1))
+        self.register_buffer("std", torch.tensor(extractor.std_).reshape(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return normalised images (n, 3, H, W) of RGB images (n, height, width, 3), uint8."""
@@ -211,7 +211,7 @@ def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tup
             "features=ScatteringFeatures(...) cannot be exported: other runtimes lack its complex Fourier transforms. "
             "Export a detector that is fitted on the features (features=None), and compute them outside."
         )
-    dtype = model.density.support.dtype
+    dtype = model.density.kernel_centers.dtype
     if model.feature_extractor is None:
         if image_shape is not None:
             raise ValueError(
@@ -219,10 +219,10 @@ def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tup
                 "Leave image_shape out."
             )
         return Scorer(model, None), "features", torch.zeros(_TRACED_ROWS, len(model.density.mean), dtype=dtype)
-    stage = model.feature_extractor.stage
+    extractor = model.feature_extractor.extractor
     if image_shape is None:
-        return Scorer(model, None), "images", torch.zeros(_TRACED_ROWS, 3, *stage.input_size_)
-    preprocessing = Preprocessing(stage, image_shape)
+        return Scorer(model, None), "images", torch.zeros(_TRACED_ROWS, 3, *extractor.input_size_)
+    preprocessing = Preprocessing(extractor, image_shape)
     return Scorer(model, preprocessing), "images", torch.zeros(_TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
 
 
@@ -231,7 +231,7 @@ def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[i
     scores = detector.score_samples(X).astype(np.float64)
     excess = scores - detector.offset_
     is_of_images = isinstance(detector.features_, TimmFeatures)
-    tolerance = _TOLERANCES["images" if is_of_images else str(detector.support_.dtype)]
+    tolerance = _TOLERANCES["images" if is_of_images else str(detector.kernel_centers_.dtype)]
     near = tolerance * np.maximum(1.0, np.abs(scores))
     # The right values, and by how much they may be missed: a label by any, where the score is at the threshold.
     right = {
@@ -258,11 +258,13 @@ def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[i
 
 def _batches(detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
     """Yield what an exported file is given for X, a few rows at a time."""
-    stage: Any = detector.features_
-    if not isinstance(stage, TimmFeatures):
-        rows = detector._validated(X if stage is None else stage.transform(X), reset=False)
+    extractor: Any = detector.features_
+    if not isinstance(extractor, TimmFeatures):
+        rows = detector._validated(X if extractor is None else extractor.transform(X), reset=False)
         yield from (
-            torch.from_numpy(np.array(rows)).to(getattr(torch, str(detector.support_.dtype))).split(_CHECKED_ROWS)
+            torch.from_numpy(np.array(rows))
+            .to(getattr(torch, str(detector.kernel_centers_.dtype)))
+            .split(_CHECKED_ROWS)
         )
         return
 
@@ -271,4 +273,4 @@ def _batches(detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: An
             raise ValueError(f"the exported file takes images of image_shape={image_shape} only")
         return torch.from_numpy(np.array(picture))
 
-    yield from image_batches(as_images(X), pixels if image_shape else image_transform(stage), _CHECKED_ROWS)
+    yield from image_batches(as_images(X), pixels if image_shape else image_transform(extractor), _CHECKED_ROWS)

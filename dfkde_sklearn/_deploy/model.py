@@ -55,14 +55,14 @@ _AXES = {
     "log_volume": "",
     "log_jacobian": "",
     "bandwidth": "",
-    "support": "nd",
+    "kernel_centers": "nd",
     "residual": "t",
     "gaussian_residual": "u",
-    "loo_scores": "m",
+    "calibration_scores": "m",
     "steepness": "",
     "offset": "",
 }
-_IN_ROW_DTYPE = ("support", "loo_scores")
+_IN_ROW_DTYPE = ("kernel_centers", "calibration_scores")
 # Of the residual terms the first number, the variance.
 _POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
 
@@ -70,8 +70,8 @@ _POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual"
 class DensityBuffers(nn.Module):
     """A fitted `FeatureDensity` in buffers, with the scores of its training rows and the curve of probabilities.
 
-    The set of buffers is fixed; their sizes become those of what is kept or loaded. All are float64 but for `support`
-    and `loo_scores`, which have the dtype that densities are computed in, and `scaling_code`. They keep these dtypes
+    The set of buffers is fixed; their sizes become those of what is kept or loaded. All are float64 but for `kernel_centers`
+    and `calibration_scores`, which have the dtype that densities are computed in, and `scaling_code`. They keep these dtypes
     whatever the modules around them are cast to, and stay on the CPU where the others go to a device without float64.
 
     Parameters
@@ -92,10 +92,10 @@ class DensityBuffers(nn.Module):
     log_volume: Tensor
     log_jacobian: Tensor
     bandwidth: Tensor
-    support: Tensor
+    kernel_centers: Tensor
     residual: Tensor
     gaussian_residual: Tensor
-    loo_scores: Tensor
+    calibration_scores: Tensor
     steepness: Tensor
     offset: Tensor
 
@@ -111,9 +111,9 @@ class DensityBuffers(nn.Module):
     @property
     def is_fitted(self) -> bool:
         """Whether there is a density."""
-        return len(self.support) > 0
+        return len(self.kernel_centers) > 0
 
-    def keep(self, fitted: FeatureDensity, loo_scores: Tensor) -> None:
+    def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
         """Take over a fitted density and the scores of its training rows."""
         density = fitted.density
         kept: dict[str, Any] = {
@@ -128,10 +128,10 @@ class DensityBuffers(nn.Module):
             "log_volume": density.log_volume,
             "log_jacobian": density.log_jacobian,
             "bandwidth": density.bandwidth,
-            "support": density.support,
+            "kernel_centers": density.kernel_centers,
             "residual": density.residual or (),
             "gaussian_residual": density.gaussian_residual or (),
-            "loo_scores": loo_scores,
+            "calibration_scores": calibration_scores,
         }
         for name, value in kept.items():
             dtype = value.dtype if name in _IN_ROW_DTYPE else self.get_buffer(name).dtype
@@ -151,7 +151,7 @@ class DensityBuffers(nn.Module):
             log_volume=float(self.log_volume),
             log_jacobian=float(self.log_jacobian),
             bandwidth=float(self.bandwidth),
-            support=self.support.to(dtype),
+            kernel_centers=self.kernel_centers.to(dtype),
             residual=ResidualTerm(*self.residual.tolist()) if len(self.residual) else None,
             gaussian_residual=ResidualTerm(*self.gaussian_residual.tolist()) if len(self.gaussian_residual) else None,
         )
@@ -174,7 +174,7 @@ class DensityBuffers(nn.Module):
         The kernels at a row q are ``exp(q . k - |k|^2 / 2)`` times a factor of q alone, ``exp(-|q|^2 / 2)``: however
         far out q lies, its logarithm is added to that of the sum, and nothing underflows.
         """
-        n, d = self.support.shape
+        n, d = self.kernel_centers.shape
         # With an axis between: where a network ends in a reduction that drops the axis of positions, OpenVINO 2026.4
         # subtracts the constant from other elements.
         centred = (features.double()[:, None] * self.scale - self.mean * self.scale)[:, 0]
@@ -185,7 +185,7 @@ class DensityBuffers(nn.Module):
             queries = coordinates @ (self.whitening / (self.bandwidth * self.max_length))
         else:
             queries = scaled(coordinates, self.scaling, 1.0) @ (self.whitening / self.bandwidth)
-        kernels = self.support.double() / self.bandwidth
+        kernels = self.kernel_centers.double() / self.bandwidth
         log_sums = torch.logsumexp(queries @ kernels.T - kernels.square().sum(1) / 2, 1) - queries.square().sum(1) / 2
         log_count = torch.tensor(math.log(n) + d * math.log(math.tau) / 2, dtype=torch.float64, device=self.mean.device)
         log_densities = log_sums + (self.log_volume - d * self.bandwidth.log() - log_count)
@@ -270,7 +270,7 @@ def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> 
         return ""
     if not value.numel() and name not in ("residual", "gaussian_residual"):
         return f"{name} has shape {tuple(value.shape)}: it is empty"
-    if name == "loo_scores":
+    if name == "calibration_scores":
         # A density may be zero.
         return f"{name} holds NaN or +inf" if bool((value.isnan() | (value == math.inf)).any()) else ""
     # anomalib's weights do not tell the singular values of "norm", which no score needs.
@@ -287,55 +287,59 @@ class NetworkFeatures(nn.Module):
 
     Parameters
     ----------
-    stage : TimmFeatures
+    extractor : TimmFeatures
         Fitted.
     """
 
-    def __init__(self, stage: TimmFeatures) -> None:
+    def __init__(self, extractor: TimmFeatures) -> None:
         super().__init__()
-        with stage._lent_backbone() as backbone:
+        with extractor._lent_backbone() as backbone:
             self.network = copy.deepcopy(backbone.network).eval().requires_grad_(False)
-        self.stage = _without_module(stage)
+        self.extractor = _without_module(extractor)
         self._formats = dict(
-            zip(stage.layers_ or [""], zip(stage.layer_formats_, stage.layer_prefix_tokens_, strict=True), strict=True)
+            zip(
+                extractor.layers_ or [""],
+                zip(extractor.layer_formats_, extractor.layer_prefix_tokens_, strict=True),
+                strict=True,
+            )
         )
         self._tapped: dict[str, Tensor] = {}
         modules = dict(self.network.named_modules())
-        for layer in stage.layers_:
+        for layer in extractor.layers_:
             modules[layer].register_forward_hook(_Tap(layer, self))
 
     def forward(self, batch: Tensor) -> Tensor:
         """Return the features (n, D), float32, of normalised images (n, 3, H, W)."""
         if not torch.compiler.is_compiling():
-            return self.stage._rows(self.network, batch)
+            return self.extractor._rows(self.network, batch)
         # A traced pass runs to its end, and what comes after the last layer is dropped from the graph.
         like = next((tensor for tensor in self.network.parameters() if tensor.is_floating_point()), batch)
         batch = batch.to(like.dtype)
-        if self.stage.layers_:
+        if self.extractor.layers_:
             self.network(batch)
-            rows = torch.cat([self._tapped[layer] for layer in self.stage.layers_], dim=1)
+            rows = torch.cat([self._tapped[layer] for layer in self.extractor.layers_], dim=1)
             self._tapped.clear()
             return rows
         return self.pooled("", embedding(self.network, batch))
 
     def pooled(self, layer: str, output: Tensor) -> Tensor:
         """Return one vector (n, C) for each image from the output of a layer."""
-        return pooled(output, *self._formats[layer], self.stage.pooling)
+        return pooled(output, *self._formats[layer], self.extractor.pooling)
 
-    def as_stage(self) -> TimmFeatures:
-        """Return a fitted feature stage that computes the same: by name, if the network has its weights still."""
-        stage = copy.copy(self.stage)
+    def as_extractor(self) -> TimmFeatures:
+        """Return a fitted feature extractor that computes the same: by name, if the network has its weights still."""
+        extractor = copy.copy(self.extractor)
         found = weights_hash(self.network)
-        if not isinstance(stage.backbone, str) or found != stage.weights_hash_:
-            stage.backbone, stage.weights = copy.deepcopy(self.network), None
-            for module in stage.backbone.modules():
+        if not isinstance(extractor.backbone, str) or found != extractor.weights_hash_:
+            extractor.backbone, extractor.weights = copy.deepcopy(self.network), None
+            for module in extractor.backbone.modules():
                 module._forward_hooks.clear()
-            stage.weights_hash_, stage.seed_ = found, None
-        return stage
+            extractor.weights_hash_, extractor.seed_ = found, None
+        return extractor
 
     def read_images(self, images: Any) -> Tensor:
         """Return images as the network takes them, of shape (n, 3, H, W)."""
-        return _read(as_images(images, self.stage.white_level), image_transform(self.stage))
+        return _read(as_images(images, self.extractor.white_level), image_transform(self.extractor))
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: batch statistics are none of the features."""
@@ -347,26 +351,26 @@ class ScatteringModule(nn.Module):
 
     Parameters
     ----------
-    stage : ScatteringFeatures
+    extractor : ScatteringFeatures
         Fitted.
     """
 
-    def __init__(self, stage: ScatteringFeatures) -> None:
+    def __init__(self, extractor: ScatteringFeatures) -> None:
         super().__init__()
-        self.stage = copy.copy(stage)
+        self.extractor = copy.copy(extractor)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Return the features (n, D), float32, of grey levels (n, size, size) from 0 to 1."""
-        return self.stage._rows(batch)
+        return self.extractor._rows(batch)
 
-    def as_stage(self) -> ScatteringFeatures:
-        """Return a fitted feature stage that computes the same."""
-        return copy.copy(self.stage)
+    def as_extractor(self) -> ScatteringFeatures:
+        """Return a fitted feature extractor that computes the same."""
+        return copy.copy(self.extractor)
 
     def read_images(self, images: Any) -> Tensor:
         """Return images as grey levels (n, size, size)."""
-        pictures = as_images(images, self.stage.white_level)
-        return _read(pictures, lambda picture: grey_levels(picture, self.stage.image_size))
+        pictures = as_images(images, self.extractor.white_level)
+        return _read(pictures, lambda picture: grey_levels(picture, self.extractor.image_size))
 
 
 class DfkdeModel(nn.Module):
@@ -456,11 +460,11 @@ class DfkdeModel(nn.Module):
         self.density = DensityBuffers(pre_processing, threshold_steepness, threshold_offset)
         self.feature_extractor: NetworkFeatures | ScatteringModule | None = None
         if backbone is not None:
-            stage = TimmFeatures(
+            extractor = TimmFeatures(
                 backbone, layers=list(layers) or None, pretrained=pre_trained, device="cpu", random_state=_SEED
             )
             # Nothing is learnt from the image, but formats of layers are found out.
-            self.feature_extractor = NetworkFeatures(stage.fit(np.zeros((1, 8, 8, 3), np.uint8)))
+            self.feature_extractor = NetworkFeatures(extractor.fit(np.zeros((1, 8, 8, 3), np.uint8)))
 
     @classmethod
     def from_anomalib(
@@ -490,7 +494,7 @@ class DfkdeModel(nn.Module):
         Returns
         -------
         DfkdeModel
-            Fitted. Its densities are the original's formula, evaluated in float64. `loo_scores` leave out each row's
+            Fitted. Its densities are the original's formula, evaluated in float64. `calibration_scores` leave out each row's
             own kernel only, since the file lacks what a refit needs.
 
         Raises
@@ -637,7 +641,7 @@ class DfkdeModel(nn.Module):
             rows = rows[drawn.sort().values.to(rows.device)]
         settings = Settings(self.pre_processing, "scott", None, 0.0, WORKING_MEMORY)
         training = fit(rows, self.n_components, settings, copies(rows.cpu().numpy()))
-        self.density.keep(training.fitted, training.loo_scores)
+        self.density.keep(training.fitted, training.calibration_scores)
         return True
 
     def compute_kde_scores(self, features: Tensor, as_log_likelihood: bool | None = False) -> Tensor:
@@ -718,7 +722,7 @@ class DfkdeModel(nn.Module):
 
 
 def model_of(detector: DFKDEDetector) -> DfkdeModel:
-    """Return a fitted detector as a module, its feature stage included where that is one of ours."""
+    """Return a fitted detector as a module, its feature extractor included where that is one of ours."""
     model = DfkdeModel(
         [],
         None,
@@ -729,22 +733,22 @@ def model_of(detector: DFKDEDetector) -> DfkdeModel:
         threshold_offset=float(detector.offset_),
     )
     model.density = buffers_of(detector)
-    stage: Any = detector.features_
-    if isinstance(stage, TimmFeatures):
-        model.feature_extractor = NetworkFeatures(stage)
-    elif isinstance(stage, ScatteringFeatures):
-        model.feature_extractor = ScatteringModule(stage)
+    extractor: Any = detector.features_
+    if isinstance(extractor, TimmFeatures):
+        model.feature_extractor = NetworkFeatures(extractor)
+    elif isinstance(extractor, ScatteringFeatures):
+        model.feature_extractor = ScatteringModule(extractor)
     return model
 
 
 def buffers_of(detector: DFKDEDetector) -> DensityBuffers:
     """Return what a fitted detector has learnt, on the CPU."""
     buffers = DensityBuffers(detector.scaling, float(detector.threshold_steepness), float(detector.offset_))
-    dtype = torch.float32 if detector.support_.dtype == np.float32 else torch.float64
+    dtype = torch.float32 if detector.kernel_centers_.dtype == np.float32 else torch.float64
     # Copies, since arrays out of a memory map cannot be written to and torch warns of that.
     # On the CPU, as the detector's own device may be one that this machine lacks.
     of_detector = detector._fitted(dtype, torch.device("cpu"))
-    buffers.keep(of_detector, torch.from_numpy(np.array(detector.loo_scores_)))
+    buffers.keep(of_detector, torch.from_numpy(np.array(detector.calibration_scores_)))
     return buffers
 
 
@@ -752,8 +756,8 @@ def keep_buffers(detector: DFKDEDetector, buffers: DensityBuffers) -> None:
     """Set the fitted attributes of a detector that come from its feature rows."""
     # NumPy would see the memory of the buffers.
     buffers = copy.deepcopy(buffers)
-    detector._keep(buffers.fitted(buffers.support.dtype))
-    detector.loo_scores_ = buffers.loo_scores.cpu().numpy()
+    detector._keep(buffers.fitted(buffers.kernel_centers.dtype))
+    detector.calibration_scores_ = buffers.calibration_scores.cpu().numpy()
     detector.classes_ = np.array([-1, 1])
     detector.offset_ = float(buffers.offset)
     detector.n_features_in_ = len(buffers.mean)
@@ -766,14 +770,14 @@ def detector_of(model: nn.Module, kind: type[DFKDEDetector]) -> DFKDEDetector:
     if not model.density.is_fitted:
         raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
     buffers = model.density
-    n, d = buffers.support.shape
+    n, d = buffers.kernel_centers.shape
     bandwidth = float(buffers.bandwidth)
     residual: Literal["gaussian", "box"] | None = None
     if len(buffers.residual):
         residual = "gaussian" if torch.equal(buffers.residual, buffers.gaussian_residual) else "box"
-    stage = None if model.feature_extractor is None else model.feature_extractor.as_stage()
+    extractor = None if model.feature_extractor is None else model.feature_extractor.as_extractor()
     detector = kind(
-        stage,
+        extractor,
         n_components=model.n_components,
         scaling=model.pre_processing,
         bandwidth="scott" if math.isclose(bandwidth, scott_bandwidth(n, d), rel_tol=1e-12) else bandwidth,
@@ -783,7 +787,7 @@ def detector_of(model: nn.Module, kind: type[DFKDEDetector]) -> DFKDEDetector:
         threshold_offset=model.threshold_offset,
     )
     keep_buffers(detector, buffers)
-    detector.features_ = stage
+    detector.features_ = extractor
     return detector
 
 
@@ -799,12 +803,12 @@ class _Tap:
             self.features._tapped[self.layer] = self.features.pooled(self.layer, output)
 
 
-def _without_module(stage: TimmFeatures) -> TimmFeatures:
+def _without_module(extractor: TimmFeatures) -> TimmFeatures:
     """Return a copy that does not hold a user's module, which the model has a copy of."""
-    stage = copy.copy(stage)
-    if isinstance(stage.backbone, nn.Module):
-        stage.backbone = nn.Identity()
-    return stage
+    extractor = copy.copy(extractor)
+    if isinstance(extractor.backbone, nn.Module):
+        extractor.backbone = nn.Identity()
+    return extractor
 
 
 def _read(pictures: Images, transform: Callable[[Image.Image], Tensor]) -> Tensor:

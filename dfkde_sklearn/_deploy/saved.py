@@ -1,7 +1,7 @@
 """Save and load: one safetensors file that holds no code.
 
 The tensors are the buffers of `DensityBuffers`. The header's metadata has one entry, a JSON document: format version,
-parameters, versions of libraries, the feature stage with its backbone's tag, hash and preprocessing, and the
+parameters, versions of libraries, the feature extractor with its backbone's tag, hash and preprocessing, and the
 SHA-256 of the whole file, taken with zeros in the place of its digits.
 """
 
@@ -42,7 +42,7 @@ _DIGITS = "0" * 64
 _TUPLE = "tuple"
 # Parameters that a file of another machine shall not set.
 _OF_THE_MACHINE = ("device", "cache")
-_STAGES: dict[str, type[TimmFeatures | ScatteringFeatures]] = {
+_EXTRACTORS: dict[str, type[TimmFeatures | ScatteringFeatures]] = {
     "TimmFeatures": TimmFeatures,
     "ScatteringFeatures": ScatteringFeatures,
 }
@@ -69,7 +69,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-# What a fitted feature stage has, all of it, and what is allowed there.
+# What a fitted feature extractor has, all of it, and what is allowed there.
 _FITTED: dict[str, dict[str, Callable[[Any], bool]]] = {
     "TimmFeatures": {
         "backbone_name_": _is_text,
@@ -100,7 +100,7 @@ def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
 
     from dfkde_sklearn import __version__
 
-    stage = None if detector.features_ is None else _described_stage(detector.features_)
+    extractor = None if detector.features_ is None else _described_extractor(detector.features_)
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -113,9 +113,9 @@ def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
             },
             "DFKDEDetector",
         ),
-        # "auto" and None are values of the parameter; "stage" is a transformer like the fitted one.
-        "features": detector.features if detector.features in ("auto", None) else "stage",
-        "stage": stage,
+        # "auto" and None are values of the parameter; "extractor" is a transformer like the fitted one.
+        "features": detector.features if detector.features in ("auto", None) else "extractor",
+        "extractor": extractor,
         "feature_names": getattr(detector, "feature_names_in_", np.array([])).tolist(),
         "versions": {
             "dfkde-sklearn": __version__,
@@ -143,13 +143,15 @@ def load(
     """Return the detector of class `kind` in the file at `path`; see `DFKDEDetector.load`."""
     header, tensors = _read(Path(path))
     try:
-        if header["stage"] is not None:
-            stage = _stage(header["stage"], backbone, weights, device)
+        if header["extractor"] is not None:
+            extractor = _extractor(header["extractor"], backbone, weights, device)
         elif backbone is None and weights is None:
-            stage = None
+            extractor = None
         else:
-            raise ValueError(f"{str(path)!r} has no feature stage: load it without backbone= and weights=.")
-        features = {"auto": "auto", None: None, "stage": clone(stage) if stage else None}[header["features"]]
+            raise ValueError(f"{str(path)!r} has no feature extractor: load it without backbone= and weights=.")
+        features = {"auto": "auto", None: None, "extractor": clone(extractor) if extractor else None}[
+            header["features"]
+        ]
         detector = kind(features, device=device, **_parameters(header["parameters"], kind, ("features", "device")))
         detector._validate_params()
         buffers = DensityBuffers(detector.scaling, 1.0, 0.0)
@@ -158,20 +160,20 @@ def load(
         n_features = len(buffers.mean)
         if not _are(list, _is_text)(names) or len(names) not in (0, n_features):
             raise ValueError(f"feature_names are not the names of {n_features} columns")
-        if (stage is None) != (features is None) and features != "auto":
-            raise ValueError(f"features is {header['features']!r}, which contradicts the feature stage")
-        if stage is not None and stage.n_features_out_ != n_features:
-            raise ValueError("the feature stage and the density have different numbers of features")
+        if (extractor is None) != (features is None) and features != "auto":
+            raise ValueError(f"features is {header['features']!r}, which contradicts the feature extractor")
+        if extractor is not None and extractor.n_features_out_ != n_features:
+            raise ValueError("the feature extractor and the density have different numbers of features")
         if buffers.scaling != detector.scaling or not buffers.is_fitted:
             raise ValueError("its tensors contradict its parameters")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
     keep_buffers(detector, buffers)
-    detector.features_ = stage
+    detector.features_ = extractor
     if names:
         detector.feature_names_in_ = np.array(names, dtype=object)
-    if isinstance(stage, TimmFeatures):
-        _check_backbone(stage, download)
+    if isinstance(extractor, TimmFeatures):
+        _check_backbone(extractor, download)
     return detector
 
 
@@ -200,31 +202,31 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _described_stage(stage: Any) -> dict[str, Any]:
-    """Return a fitted feature stage as plain values."""
-    name = type(stage).__name__
-    if _STAGES.get(name) is not type(stage):
+def _described_extractor(extractor: Any) -> dict[str, Any]:
+    """Return a fitted feature extractor as plain values."""
+    name = type(extractor).__name__
+    if _EXTRACTORS.get(name) is not type(extractor):
         raise TypeError(
-            f"save keeps the feature stages {' and '.join(_STAGES)}, not {name}. Use joblib.dump, or a detector with "
-            "features=None on what the stage returns."
+            f"save keeps the feature extractors {' and '.join(_EXTRACTORS)}, not {name}. Use joblib.dump, or a detector with "
+            "features=None on what the extractor returns."
         )
-    parameters = {key: value for key, value in stage.get_params(deep=False).items() if key not in _OF_THE_MACHINE}
+    parameters = {key: value for key, value in extractor.get_params(deep=False).items() if key not in _OF_THE_MACHINE}
     if isinstance(parameters.get("backbone"), nn.Module):
         # A module is code, which the file does not hold; load is given it.
         parameters["backbone"] = None
-    fitted = {key: value for key, value in vars(stage).items() if key.endswith("_")}
+    fitted = {key: value for key, value in vars(extractor).items() if key.endswith("_")}
     return {"class": name, "parameters": _plain(parameters, name), "fitted": _plain(fitted, name)}
 
 
-def _stage(
+def _extractor(
     described: Mapping[str, Any],
     backbone: nn.Module | None,
     weights: str | os.PathLike[str] | None,
     device: str | torch.device | None,
 ) -> TimmFeatures | ScatteringFeatures:
-    """Return the fitted feature stage that was described."""
+    """Return the fitted feature extractor that was described."""
     name, fitted = described["class"], described["fitted"]
-    parameters = _parameters(described["parameters"], _STAGES[name], _OF_THE_MACHINE)
+    parameters = _parameters(described["parameters"], _EXTRACTORS[name], _OF_THE_MACHINE)
     if name == "TimmFeatures":
         is_module = parameters["backbone"] is None
         if is_module != isinstance(backbone, nn.Module):
@@ -239,28 +241,31 @@ def _stage(
             parameters["weights"] = weights
     elif backbone is not None or weights is not None:
         raise ValueError(f"{name} has no backbone: load it without backbone= and weights=.")
-    stage = _STAGES[name](device=device, **parameters)
-    stage._validate_params()
+    extractor = _EXTRACTORS[name](device=device, **parameters)
+    extractor._validate_params()
     for attribute, value in fitted.items():
         if attribute not in _FITTED[name]:
             raise ValueError(f"{attribute!r} is not a fitted attribute of {name}")
         if not _FITTED[name][attribute](value):
             raise ValueError(f"the {attribute} of {name} is {value!r:.80}, which cannot be")
-        setattr(stage, attribute, value)
+        setattr(extractor, attribute, value)
     missing = _FITTED[name].keys() - fitted.keys()
     if missing:
         raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
-    if isinstance(stage, TimmFeatures):
-        n_layers = len(stage.layers_) or 1
-        lists = (stage.layer_formats_, stage.layer_prefix_tokens_, stage.layer_widths_)
-        if any(len(values) != n_layers for values in lists) or sum(stage.layer_widths_) != stage.n_features_out_:
+    if isinstance(extractor, TimmFeatures):
+        n_layers = len(extractor.layers_) or 1
+        lists = (extractor.layer_formats_, extractor.layer_prefix_tokens_, extractor.layer_widths_)
+        if (
+            any(len(values) != n_layers for values in lists)
+            or sum(extractor.layer_widths_) != extractor.n_features_out_
+        ):
             raise ValueError(f"what {name} says of its layers is contradictory")
-        image_transform(stage)
-    elif stage.n_features_out_ != stage._n_features():
+        image_transform(extractor)
+    elif extractor.n_features_out_ != extractor._n_features():
         raise ValueError(f"the parameters of {name} and its n_features_out_ are of different numbers of features")
     else:
-        stage._check_size()
-    return stage
+        extractor._check_size()
+    return extractor
 
 
 def _parameters(given: Any, kind: type, but: tuple[str, ...]) -> dict[str, Any]:
@@ -271,16 +276,16 @@ def _parameters(given: Any, kind: type, but: tuple[str, ...]) -> dict[str, Any]:
     return dict(given)
 
 
-def _check_backbone(stage: TimmFeatures, download: bool) -> None:
+def _check_backbone(extractor: TimmFeatures, download: bool) -> None:
     """Load the backbone, and raise unless its weights are those of the fit."""
-    with stage._lent_backbone(download=download) as backbone:
+    with extractor._lent_backbone(download=download) as backbone:
         found = backbone.weights_hash
-        if stage.layers_:
-            check_layers(stage.layers_, backbone.network, stage.backbone_name_)
-    if found != stage.weights_hash_:
+        if extractor.layers_:
+            check_layers(extractor.layers_, backbone.network, extractor.backbone_name_)
+    if found != extractor.weights_hash_:
         raise ValueError(
-            f"The weights of backbone {stage.backbone_name_!r} are not those that the detector was fitted with: "
-            f"SHA-256 {found:.12}..., at the fit {stage.weights_hash_:.12}.... Give those with weights=PATH, or fit "
+            f"The weights of backbone {extractor.backbone_name_!r} are not those that the detector was fitted with: "
+            f"SHA-256 {found:.12}..., at the fit {extractor.weights_hash_:.12}.... Give those with weights=PATH, or fit "
             "again."
         )
 

@@ -1,6 +1,6 @@
 """The feature cache: what was computed of an image once is read, not computed again.
 
-Feature stages describe images through `feature_matrix` and nothing else here. A row of the cache is a block of columns
+Feature extractors describe images through `feature_matrix` and nothing else here. A row of the cache is a block of columns
 (a layer) of one image. Its key is the hash of the image's content and of the block's recipe, which is all else that
 decides the values.
 """
@@ -36,7 +36,7 @@ Rows = Mapping[bytes, Row]
 # What is computed: for some images and the positions of some blocks, batches of rows in the order of the images.
 Compute = Callable[[Images, list[int]], Generator[NDArray[np.float32], None, None]]
 
-# The most that ``cache=True`` holds in memory, for all stages of a process; what was not read for longest goes first.
+# The most that ``cache=True`` holds in memory, for all extractors of a process; what was not read for longest goes first.
 MEMORY_BYTES = 2**30
 # A dictionary entry, its key and the array's header.
 ENTRY_BYTES = 300
@@ -72,7 +72,7 @@ def cache_size(cache: bool | str | os.PathLike[str] = True) -> CacheSize:
     Parameters
     ----------
     cache : True, str or PathLike, default=True
-        As the parameter `cache` of a feature stage: True is the memory of this process, else the folder.
+        As the parameter `cache` of a feature extractor: True is the memory of this process, else the folder.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def clear_cache(cache: bool | str | os.PathLike[str] = True) -> None:
     Parameters
     ----------
     cache : True, str or PathLike, default=True
-        As the parameter `cache` of a feature stage: True is the memory of this process, else the folder.
+        As the parameter `cache` of a feature extractor: True is the memory of this process, else the folder.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def check_cache(cache: Cache) -> None:
     Parameters
     ----------
     cache : bool, str, PathLike or None
-        The parameter of a feature stage.
+        The parameter of a feature extractor.
 
     Raises
     ------

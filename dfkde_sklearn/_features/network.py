@@ -76,7 +76,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         faster: as many as keep the largest activation within 20 MiB. Changes the result by rounding only.
     cache : bool, str, PathLike or None, default=None
         Whether to keep features, layer by layer, and read those that are there. True: in the memory of this
-        process, up to 1 GiB, for all feature stages. A path: in this folder, for any number of processes of
+        process, up to 1 GiB, for all feature extractors. A path: in this folder, for any number of processes of
         this machine, until :func:`clear_cache`. See Notes.
     device : str, torch.device or None, default=None
         Where the network runs. None is the first CUDA GPU where there is one, else the CPU.
@@ -453,12 +453,12 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
 _ELONGATED = 16
 
 
-def image_transform(stage: TimmFeatures) -> Callable[[Image.Image], Tensor]:
-    """Return the transform of a fitted stage: timm's, in bounded memory; a PIL image to a tensor (3, H, W)."""
-    transform = timm_transform(stage)
+def image_transform(extractor: TimmFeatures) -> Callable[[Image.Image], Tensor]:
+    """Return the transform of a fitted extractor: timm's, in bounded memory; a PIL image to a tensor (3, H, W)."""
+    transform = timm_transform(extractor)
     resize, *others = transform.transforms
-    height, width = stage.input_size_
-    resample = Image.Resampling[stage.interpolation_.upper()]
+    height, width = extractor.input_size_
+    resample = Image.Resampling[extractor.interpolation_.upper()]
 
     def transformed(picture: Image.Image) -> Tensor:
         new_height, new_width = _resized(picture, resize)
@@ -502,17 +502,17 @@ def _source(length: int, new_length: int, kept: int) -> tuple[int, int, tuple[fl
     return max(0, floor(edges[0] - margin)), min(length, ceil(edges[1] + margin)), edges, stop - start
 
 
-def timm_transform(stage: TimmFeatures) -> Any:
-    """Return timm's transform of a fitted stage: a PIL image to a tensor (3, H, W)."""
+def timm_transform(extractor: TimmFeatures) -> Any:
+    """Return timm's transform of a fitted extractor: a PIL image to a tensor (3, H, W)."""
     from timm.data import create_transform
 
     return create_transform(
-        input_size=(3, *stage.input_size_),
-        mean=stage.mean_,
-        std=stage.std_,
-        interpolation=stage.interpolation_,
-        crop_mode=stage.crop_mode_,
-        crop_pct=stage.crop_pct_,
+        input_size=(3, *extractor.input_size_),
+        mean=extractor.mean_,
+        std=extractor.std_,
+        interpolation=extractor.interpolation_,
+        crop_mode=extractor.crop_mode_,
+        crop_pct=extractor.crop_pct_,
         is_training=False,
     )
 

@@ -67,7 +67,7 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
         Images that are transformed at once. Does not change the result.
     cache : bool, str, PathLike or None, default=None
         Whether to keep features and read those that are there. True: in the memory of this process, up to 1 GiB,
-        for all feature stages. A path: in this folder, for any number of processes of this machine, until
+        for all feature extractors. A path: in this folder, for any number of processes of this machine, until
         :func:`clear_cache`. They are found by the content of the image, the parameters and the versions of the
         libraries.
     device : str, torch.device or None, default=None

@@ -97,7 +97,7 @@ def order_of_rows_within_a_fold_changes_nothing(seed):
     before, after = fitted(X, settings), fitted(X[order], settings)
     assert after.n_components_ == before.n_components_
     assert_close(after.score_samples(new), before.score_samples(new))
-    assert_close(after.loo_scores_, before.loo_scores_[order])
+    assert_close(after.calibration_scores_, before.calibration_scores_[order])
     assert_close(after.offset_, before.offset_)
 
 
@@ -105,7 +105,7 @@ def copies_have_the_same_calibration_scores(seed):
     X, _, settings, rng = random_case(seed)
     again = rng.choice(len(X), len(X) // 2)
     detector = fitted(np.r_[X, X[again]], settings)
-    assert_close(detector.loo_scores_[len(X) :], detector.loo_scores_[again])
+    assert_close(detector.calibration_scores_[len(X) :], detector.calibration_scores_[again])
 
 
 def rows_one_by_one_have_the_scores_of_the_batch(seed):
@@ -128,7 +128,7 @@ def float32_is_near_float64(seed):
     single, double = fitted(X, settings), fitted(X.astype(np.float64), settings)
     if np.linalg.matrix_rank(X - X.mean(0), tol=1e-3) == X.shape[1]:
         assert_close(single.score_samples(new), double.score_samples(new.astype(np.float64)), 4)
-        assert_close(single.loo_scores_, double.loo_scores_, 4)
+        assert_close(single.calibration_scores_, double.calibration_scores_, 4)
 
 
 def answers_agree_with_one_another(seed):

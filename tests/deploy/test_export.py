@@ -43,13 +43,13 @@ def far_rows(n, seed, dtype):
     return (rows(n, seed, np.float64) * factors[:, None]).astype(dtype)
 
 
-def stage(backbone="test_resnet", **parameters):
+def extractor(backbone="test_resnet", **parameters):
     return TimmFeatures(backbone, **{"pretrained": False, "random_state": 0, "device": "cpu"} | parameters)
 
 
 @pytest.fixture(scope="module")
 def detector():
-    return DFKDEDetector(stage(layers=["layer1", "layer3"]), n_components=4, residual="box").fit(pictures(16))
+    return DFKDEDetector(extractor(layers=["layer1", "layer3"]), n_components=4, residual="box").fit(pictures(16))
 
 
 def session_of(detector, path, **options):
@@ -124,7 +124,7 @@ def test_onnx_of_images_is_the_detector(detector, image_shape, tmp_path):
 
 
 def test_onnx_of_a_transformer_is_the_detector(tmp_path):
-    detector = DFKDEDetector(stage("test_vit"), n_components=4).fit(pictures(16))
+    detector = DFKDEDetector(extractor("test_vit"), n_components=4).fit(pictures(16))
     session = session_of(detector, tmp_path / "model.onnx")
     new = pictures(3, 1)
     batch = detector.to_torch().read_images(new).numpy()
@@ -173,7 +173,7 @@ def openvino_outputs(detector, path, batch, **options):
 )
 def test_openvino_of_images_is_the_detector(backbone, parameters, tmp_path):
     """Its fusion of Reshape, a reduction without keepdims, and Sub made scores of layers wrong by up to 2051 nats."""
-    detector = DFKDEDetector(stage(backbone, **parameters), n_components=4, residual="box").fit(pictures(16))
+    detector = DFKDEDetector(extractor(backbone, **parameters), n_components=4, residual="box").fit(pictures(16))
     new = pictures(5, 1)
     batch = detector.to_torch().read_images(new).numpy()
     assert_same(openvino_outputs(detector, tmp_path / "model.onnx", batch), detector, new, 1e-4, 1e-4)
@@ -334,7 +334,7 @@ def test_an_export_leaves_the_backbone_as_it_was(detector, tmp_path):
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @pytest.mark.parametrize("shape", [(70, 60), (160, 160), (168, 300), (401, 333)])
 def test_exported_preprocessing_is_timms_to_the_pixel(interpolation, crop_mode, shape):
-    fitted = stage().fit(pictures(1))
+    fitted = extractor().fit(pictures(1))
     fitted.interpolation_, fitted.crop_mode_ = interpolation, crop_mode
     noise = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
     expected = NetworkFeatures(fitted).read_images(noise)

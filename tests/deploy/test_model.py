@@ -170,13 +170,13 @@ def test_a_subset_is_the_same_each_time_and_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     models = [on_features(X.numpy(), n_comps=4, filter_count=50) for _ in range(2)]
     assert torch.equal(torch.rand(3), expected)
-    assert len(models[0].density.support) == 50
+    assert len(models[0].density.kernel_centers) == 50
     assert torch.equal(models[0].compute_kde_scores(X), models[1].compute_kde_scores(X))
 
 
 @pytest.mark.parametrize("filter_count", [0, None])
 def test_no_filter_count_takes_all_rows(filter_count):
-    assert len(on_features(rows(90), n_comps=4, filter_count=filter_count).density.support) == 90
+    assert len(on_features(rows(90), n_comps=4, filter_count=filter_count).density.kernel_centers) == 90
 
 
 def test_fewer_rows_than_components_are_no_model():
@@ -230,7 +230,7 @@ def test_a_state_dict_that_does_not_fit_together_is_refused_and_changes_nothing(
     model = copy.deepcopy(fitted)
     state = {key.removeprefix("density."): value for key, value in fitted.state_dict().items() if "density." in key}
     for name, wrong in {
-        "support": state["support"][:, :2],
+        "kernel_centers": state["kernel_centers"][:, :2],
         "components": state["components"].float(),
         "whitening": state["whitening"].flatten(),
         "scaling_code": torch.tensor(7),
@@ -297,7 +297,7 @@ def test_one_image_and_no_image_are_batches(fitted):
 
 
 @pytest.mark.parametrize(
-    "stage",
+    "extractor",
     [
         TimmFeatures("test_resnet", layers=["layer1", "layer3"], pooling="max", pretrained=False, random_state=0),
         TimmFeatures("test_vit", pretrained=False, random_state=0, image_size=64),
@@ -305,8 +305,8 @@ def test_one_image_and_no_image_are_batches(fitted):
     ],
     ids=["layers", "embedding", "scattering"],
 )
-def test_a_detector_of_images_and_its_module_give_the_same_probabilities(stage):
-    detector = DFKDEDetector(stage, n_components=4, residual="box").fit(pictures(14))
+def test_a_detector_of_images_and_its_module_give_the_same_probabilities(extractor):
+    detector = DFKDEDetector(extractor, n_components=4, residual="box").fit(pictures(14))
     model = detector.to_torch()
     new = pictures(5, seed=1)
     expected = detector.predict_proba(new)[:, 0]
@@ -337,7 +337,7 @@ def test_a_module_is_fitted_as_a_detector_is():
     detector = DFKDEDetector.from_torch(on_features(X, n_comps=5, threshold_offset=2.0))
     same = DFKDEDetector(n_components=5, threshold_offset=2.0).fit(X)
     np.testing.assert_allclose(detector.predict_proba(new), same.predict_proba(new), rtol=1e-12)
-    np.testing.assert_allclose(detector.loo_scores_, same.loo_scores_, rtol=1e-12)
+    np.testing.assert_allclose(detector.calibration_scores_, same.calibration_scores_, rtol=1e-12)
     assert detector.get_params() | {"features": "auto"} == same.get_params()
 
 
@@ -444,7 +444,7 @@ def test_weights_of_anomalib_score_by_its_formula(pre_processing, prefix, tmp_pa
     detector = DFKDEDetector.from_torch(model)
     np.testing.assert_allclose(detector.score_samples(new), scores, rtol=1e-12)
     assert detector.offset_ == 12.0
-    assert len(detector.loo_scores_) == 70
+    assert len(detector.calibration_scores_) == 70
 
 
 def test_weights_of_anomalib_are_the_models_own_but_for_rounding():

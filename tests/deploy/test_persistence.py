@@ -116,14 +116,14 @@ def test_names_of_columns_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage",
+    "extractor",
     [
         lambda: tiny(layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48), white_level=4095),
         lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32, white_level=4095),
     ],
 )
-def test_the_feature_stage_is_kept(stage, tmp_path):
-    detector = DFKDEDetector(stage(), n_components=3).fit(pictures(10))
+def test_the_feature_stage_is_kept(extractor, tmp_path):
+    detector = DFKDEDetector(extractor(), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     _backbones._loaded.clear()
     loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
@@ -141,7 +141,7 @@ def test_the_header_says_what_the_file_needs(tmp_path):
     header = header_of(tmp_path / "d")
     assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 1)
     assert header["versions"].keys() >= {"dfkde-sklearn", "numpy", "scikit-learn", "timm", "torch", "python"}
-    fitted = header["stage"]["fitted"]
+    fitted = header["extractor"]["fitted"]
     assert fitted["backbone_name_"] == detector.features_.backbone_name_
     assert fitted["weights_hash_"] == detector.features_.weights_hash_
     assert fitted["input_size_"] == {"tuple": list(detector.features_.input_size_)}
@@ -173,7 +173,7 @@ def test_a_memory_mapped_detector_can_be_saved(tmp_path):
     detector = DFKDEDetector(n_components=3).fit(rows(40))
     joblib.dump(detector, tmp_path / "d.joblib")
     joblib.load(tmp_path / "d.joblib", mmap_mode="r").save(tmp_path / "d")
-    np.testing.assert_array_equal(DFKDEDetector.load(tmp_path / "d").support_, detector.support_)
+    np.testing.assert_array_equal(DFKDEDetector.load(tmp_path / "d").kernel_centers_, detector.kernel_centers_)
 
 
 # ---- damage
@@ -225,26 +225,26 @@ def test_a_newer_format_is_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"support": torch.ones(8, 3)}, "support has shape"),
+        ({"kernel_centers": torch.ones(8, 3)}, "kernel_centers has shape"),
         ({"mean": torch.ones(3)}, "mean has dtype"),
         ({"mean": torch.ones(4, dtype=torch.float64)}, "does not fit the other sizes"),
-        ({"support": torch.ones(0, 2)}, "contradict"),
+        ({"kernel_centers": torch.ones(0, 2)}, "contradict"),
         ({"scaling_code": torch.tensor(2)}, "contradict"),
         ({"parameters": {"n_components": 2, "colour": 1}}, "colour"),
         ({"parameters": {"n_components": -1}}, "n_components"),
         ({"features": "other"}, "other"),
-        ({"stage": {"class": "os.system", "parameters": {}, "fitted": {}}, "features": "stage"}, r"os\.system"),
+        ({"extractor": {"class": "os.system", "parameters": {}, "fitted": {}}, "features": "extractor"}, r"os\.system"),
         (
             {
-                "stage": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"__class__": 1}},
-                "features": "stage",
+                "extractor": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"__class__": 1}},
+                "features": "extractor",
             },
             "not a fitted attribute",
         ),
         (
             {
-                "stage": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"n_features_out_": 5}},
-                "features": "stage",
+                "extractor": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"n_features_out_": 5}},
+                "features": "extractor",
             },
             "different numbers of features",
         ),
@@ -266,7 +266,7 @@ def with_value(tensor, value):
 
 
 VALUES = ("mean", "scale", "components", "singular_values", "max_length", "whitening", "log_volume", "log_jacobian")
-VALUES += ("bandwidth", "support", "residual", "gaussian_residual", "loo_scores", "steepness", "offset")
+VALUES += ("bandwidth", "kernel_centers", "residual", "gaussian_residual", "calibration_scores", "steepness", "offset")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -300,8 +300,8 @@ def test_a_state_dict_of_other_things_than_tensors_is_refused(bad):
     model.load_state_dict(state)
 
 
-def stage_file(path, stage):
-    detector = DFKDEDetector(stage, n_components=3).fit(pictures(10))
+def stage_file(path, extractor):
+    detector = DFKDEDetector(extractor, n_components=3).fit(pictures(10))
     detector.save(path)
     return detector
 
@@ -328,19 +328,20 @@ def stage_file(path, stage):
 )
 def test_a_feature_stage_that_cannot_be_is_refused(part, name, value, message, tmp_path):
     stage_file(tmp_path / "d", tiny(layers=["layer1", "layer3"]))
-    described = header_of(tmp_path / "d")["stage"]
+    described = header_of(tmp_path / "d")["extractor"]
     described[part][name] = value
-    rewrite(tmp_path / "d", stage=described)
+    rewrite(tmp_path / "d", extractor=described)
     with pytest.raises(ValueError, match=message):
         DFKDEDetector.load(tmp_path / "d")
 
 
 def test_a_feature_stage_without_an_attribute_is_refused(tmp_path):
     stage_file(tmp_path / "d", tiny())
-    whole = header_of(tmp_path / "d")["stage"]
+    whole = header_of(tmp_path / "d")["extractor"]
     for name in whole["fitted"]:
         rewrite(
-            tmp_path / "d", stage=whole | {"fitted": {key: whole["fitted"][key] for key in {*whole["fitted"]} - {name}}}
+            tmp_path / "d",
+            extractor=whole | {"fitted": {key: whole["fitted"][key] for key in {*whole["fitted"]} - {name}}},
         )
         with pytest.raises(ValueError, match=name):
             DFKDEDetector.load(tmp_path / "d")
@@ -381,16 +382,16 @@ def write_signed(path, header, tensors):
     Path(path).write_bytes(data.replace(b"0" * 64, digest, 1))
 
 
-def fuzz_files(tmp_path, n, stages):
+def fuzz_files(tmp_path, n, extractors):
     """Change files at random, with a right checksum: loaded as what scores and can be saved, or refused in words."""
     rng = np.random.default_rng(0)
     images = pictures(2, 1)
-    for stage in stages:
-        X = rows(10, 4) if stage is None else images
+    for extractor in extractors:
+        X = rows(10, 4) if extractor is None else images
         (
             DFKDEDetector(n_components=2, residual="box").fit(rows(10, 4)).save
-            if stage is None
-            else DFKDEDetector(stage, n_components=2).fit(pictures(8)).save
+            if extractor is None
+            else DFKDEDetector(extractor, n_components=2).fit(pictures(8)).save
         )(tmp_path / "whole")
         header, tensors = header_of(tmp_path / "whole"), safetensors.torch.load_file(tmp_path / "whole")
         where = [path for path in places(header) if path[0] not in ("sha256", "versions")]
@@ -426,8 +427,8 @@ def test_a_changed_file_with_a_right_checksum_is_refused_in_words_or_scores(tmp_
 
 @pytest.mark.long
 def test_a_changed_file_with_a_right_checksum_is_refused_in_words_or_scores_at_length(tmp_path):
-    stages = [None, ScatteringFeatures(scales=2, orientations=4, image_size=32), tiny(layers=["layer1", "layer3"])]
-    fuzz_files(tmp_path, 2000, stages)
+    extractors = [None, ScatteringFeatures(scales=2, orientations=4, image_size=32), tiny(layers=["layer1", "layer3"])]
+    fuzz_files(tmp_path, 2000, extractors)
 
 
 @pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000])
@@ -551,12 +552,12 @@ def test_arguments_that_the_file_has_no_use_for_are_refused(tmp_path):
     DFKDEDetector(tiny(), n_components=3).fit(pictures(10)).save(tmp_path / "named")
     with pytest.raises(ValueError, match="by name: load it without backbone="):
         DFKDEDetector.load(tmp_path / "named", backbone=torch.nn.Identity())
-    stage = ScatteringFeatures(scales=2, orientations=4, image_size=32)
-    DFKDEDetector(stage, n_components=3).fit(pictures(10)).save(tmp_path / "scattering")
+    extractor = ScatteringFeatures(scales=2, orientations=4, image_size=32)
+    DFKDEDetector(extractor, n_components=3).fit(pictures(10)).save(tmp_path / "scattering")
     with pytest.raises(ValueError, match="has no backbone"):
         DFKDEDetector.load(tmp_path / "scattering", weights="file")
     small_file(tmp_path / "rows")
-    with pytest.raises(ValueError, match="no feature stage"):
+    with pytest.raises(ValueError, match="no feature extractor"):
         DFKDEDetector.load(tmp_path / "rows", weights="file")
 
 
@@ -591,8 +592,8 @@ def test_skops_loads_a_detector_with_the_types_that_the_documentation_lists():
         "dfkde_sklearn._features.TimmFeatures",
         "dfkde_sklearn._scattering.ScatteringFeatures",
     }
-    for stage in (tiny(), ScatteringFeatures(scales=2, orientations=4, image_size=32)):
-        detector = DFKDEDetector(stage, n_components=3, residual="box").fit(pictures(10))
+    for extractor in (tiny(), ScatteringFeatures(scales=2, orientations=4, image_size=32)):
+        detector = DFKDEDetector(extractor, n_components=3, residual="box").fit(pictures(10))
         data = skops.dumps(detector)
         assert set(skops.get_untrusted_types(data=data)) <= trusted
         loaded = skops.loads(data, trusted=sorted(trusted))

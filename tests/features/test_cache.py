@@ -116,7 +116,7 @@ def cache(request, tmp_path):
     return True if request.param == "memory" else tmp_path / "cache"
 
 
-def stage(network=None, layers=("first", "second", "third"), **parameters):
+def extractor(network=None, layers=("first", "second", "third"), **parameters):
     return TimmFeatures(network or Network(), **{"layers": list(layers), "device": "cpu", "batch_size": 8} | parameters)
 
 
@@ -143,7 +143,7 @@ def no_warning():
 
 
 def test_a_second_pass_reads_everything_bit_for_bit(cache, paths):
-    features = stage(cache=cache).fit(paths)
+    features = extractor(cache=cache).fit(paths)
     first = features.transform(paths)
     n_seen = features.backbone.n_seen
     np.testing.assert_array_equal(features.transform(paths), first)
@@ -155,12 +155,12 @@ def test_a_second_pass_reads_everything_bit_for_bit(cache, paths):
 
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
 def test_without_a_cache_and_at_the_first_pass_the_features_are_the_same(cache, paths, batch_size):
-    plain = stage(batch_size=batch_size).fit_transform(paths)
-    np.testing.assert_array_equal(stage(batch_size=batch_size, cache=cache).fit_transform(paths), plain)
+    plain = extractor(batch_size=batch_size).fit_transform(paths)
+    np.testing.assert_array_equal(extractor(batch_size=batch_size, cache=cache).fit_transform(paths), plain)
 
 
 def test_only_new_images_go_through_the_network(cache, paths):
-    features = stage(cache=cache)
+    features = extractor(cache=cache)
     assert n_computed(features, paths[:10]) == 10
     assert n_computed(features, paths[5:20]) == 10
     assert n_computed(features, paths) == 4
@@ -168,22 +168,22 @@ def test_only_new_images_go_through_the_network(cache, paths):
 
 def test_equal_images_go_through_the_network_once(cache, images):
     X = np.concatenate([images[:3], images[:3], images[1:2]])
-    assert n_computed(stage(cache=cache), X) == 3
+    assert n_computed(extractor(cache=cache), X) == 3
 
 
 def test_each_layer_is_kept_by_itself(cache, paths):
     network = Network()
-    assert n_computed(stage(network, ["first", "third"], cache=cache), paths) == N
-    assert n_computed(stage(network, ["third", "first"], cache=cache), paths) == 0
-    assert n_computed(stage(network, ["third"], cache=cache), paths) == 0
-    assert n_computed(stage(network, ["first", "second"], cache=cache), paths) == N
-    assert n_computed(stage(network, ["second", "third", "first"], cache=cache), paths) == 0
+    assert n_computed(extractor(network, ["first", "third"], cache=cache), paths) == N
+    assert n_computed(extractor(network, ["third", "first"], cache=cache), paths) == 0
+    assert n_computed(extractor(network, ["third"], cache=cache), paths) == 0
+    assert n_computed(extractor(network, ["first", "second"], cache=cache), paths) == N
+    assert n_computed(extractor(network, ["second", "third", "first"], cache=cache), paths) == 0
 
 
 def test_a_missing_layer_is_computed_without_the_later_ones(cache, paths):
     network = Network()
-    stage(network, ["third"], cache=cache).fit_transform(paths)
-    features = stage(network, ["first", "third"], cache=cache).fit(paths)
+    extractor(network, ["third"], cache=cache).fit_transform(paths)
+    features = extractor(network, ["first", "third"], cache=cache).fit(paths)
     n_runs = network.first.n_runs, network.second.n_runs, network.third.n_runs
     features.transform(paths)
     assert (network.first.n_runs, network.second.n_runs, network.third.n_runs) == (n_runs[0] + N // 8, *n_runs[1:])
@@ -198,14 +198,14 @@ def test_a_search_over_layers_sends_each_image_through_once(cache, paths):
     }
 
     def search(cache):
-        detector = DFKDEDetector(stage(network, cache=cache))
+        detector = DFKDEDetector(extractor(network, cache=cache))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*training rows cannot be scored")
             classifier = AnomalyClassifier(detector)
             return GridSearchCV(classifier, grid, scoring="roc_auc", cv=3, error_score="raise").fit(paths, y)
 
     plain = search(None)
-    features = stage(network, cache=cache).fit(paths)
+    features = extractor(network, cache=cache).fit(paths)
     for layers in GRID_LAYERS:
         clone(features).set_params(layers=layers).fit(paths)  # what the layers return is found out with blank images
     before = network.n_seen
@@ -221,9 +221,9 @@ def test_a_search_over_layers_sends_each_image_through_once(cache, paths):
 
 def test_without_filling_it_first_a_search_costs_one_pass_for_each_new_layer(paths):
     network = Network()
-    detector = DFKDEDetector(stage(network, cache=True), n_components=2)
+    detector = DFKDEDetector(extractor(network, cache=True), n_components=2)
     for layers in GRID_LAYERS:
-        stage(network, layers).fit(paths)
+        extractor(network, layers).fit(paths)
     before = network.n_seen
     GridSearchCV(detector, {"features__layers": GRID_LAYERS}, error_score="raise").fit(paths)
     # "first", "second", and "third", for which "first" is there.
@@ -232,7 +232,7 @@ def test_without_filling_it_first_a_search_costs_one_pass_for_each_new_layer(pat
 
 def test_halving_searches_read_it_too(paths):
     network = Network()
-    features = stage(network, cache=True).fit(paths)
+    features = extractor(network, cache=True).fit(paths)
     features.transform(paths)
     before = network.n_seen
     with warnings.catch_warnings():
@@ -252,15 +252,15 @@ def test_a_study_of_optuna_sends_each_image_through_once(cache, paths):
     def auroc(trial):
         layer = trial.suggest_categorical("layer", ["first", "second", "third"])
         detector = DFKDEDetector(
-            stage(network, [layer], cache=cache), n_components=trial.suggest_int("n_components", 1, 3)
+            extractor(network, [layer], cache=cache), n_components=trial.suggest_int("n_components", 1, 3)
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*training rows cannot be scored")
             return cross_val_score(AnomalyClassifier(detector), paths, y, cv=3, scoring="roc_auc").mean()
 
     for layer in ("first", "second", "third"):
-        stage(network, [layer]).fit(paths)  # what the layers return is found out with blank images
-    features = stage(network, cache=cache).fit(paths)
+        extractor(network, [layer]).fit(paths)  # what the layers return is found out with blank images
+    features = extractor(network, cache=cache).fit(paths)
     before = network.n_seen
     features.transform(paths)
     sampler = optuna.samplers.GridSampler({"layer": ["first", "second", "third"], "n_components": [1, 3]}, seed=0)
@@ -305,7 +305,7 @@ def test_an_overwritten_file_misses_whatever_its_name_size_and_time(cache, paths
     raw = [tmp_path / f"{i}.bmp" for i in range(2)]
     for path, value in zip(raw, (10, 200), strict=True):
         Image.new("RGB", (20, 20), (value,) * 3).save(path)
-    features = stage(cache=cache).fit(raw)
+    features = extractor(cache=cache).fit(raw)
     first = features.transform(raw)
     status = raw[0].stat()
     raw[0].write_bytes(raw[1].read_bytes())
@@ -335,7 +335,7 @@ def test_a_settled_file_is_read_once_and_again_after_it_was_written_to(tmp_path,
 
 
 def test_a_moved_file_hits(cache, paths, tmp_path):
-    features = stage(cache=cache).fit(paths)
+    features = extractor(cache=cache).fit(paths)
     first = features.transform(paths)
     n_seen = features.backbone.n_seen
     moved = [Path(path).rename(tmp_path / f"moved_{i}.png") for i, path in enumerate(paths)]
@@ -345,7 +345,7 @@ def test_a_moved_file_hits(cache, paths, tmp_path):
 
 @pytest.mark.parametrize("form", [np.array, list, torch.tensor, lambda X: [Image.fromarray(x) for x in X]])
 def test_images_in_memory_are_found_by_their_pixels(cache, images, form):
-    features = stage(cache=cache).fit(images)
+    features = extractor(cache=cache).fit(images)
     first = features.transform(images)
     n_seen = features.backbone.n_seen
     np.testing.assert_array_equal(features.transform(form(images)), first)
@@ -391,14 +391,14 @@ def _another_class(network):
 )
 def test_a_changed_network_misses(cache, paths, change):
     network = Network()
-    assert n_computed(stage(network, cache=cache), paths) == N
+    assert n_computed(extractor(network, cache=cache), paths) == N
     change(network)
-    assert n_computed(stage(network, cache=cache), paths) == N
+    assert n_computed(extractor(network, cache=cache), paths) == N
 
 
 def test_a_network_changed_after_fit_is_not_mistaken_for_what_it_was(cache, paths):
     network = Network()
-    features = stage(network, cache=cache).fit(paths)
+    features = extractor(network, cache=cache).fit(paths)
     features.transform(paths)
     _more_weight(network)
     np.testing.assert_array_equal(
@@ -408,9 +408,9 @@ def test_a_network_changed_after_fit_is_not_mistaken_for_what_it_was(cache, path
 
 def test_a_copy_of_a_network_hits(cache, paths):
     network = Network()
-    n_computed(stage(network, cache=cache), paths)
-    assert n_computed(stage(pickle.loads(pickle.dumps(network)), cache=cache), paths) == 0
-    assert n_computed(stage(Network(), cache=cache), paths) == 0
+    n_computed(extractor(network, cache=cache), paths)
+    assert n_computed(extractor(pickle.loads(pickle.dumps(network)), cache=cache), paths) == 0
+    assert n_computed(extractor(Network(), cache=cache), paths) == 0
 
 
 def scripted(n_in=3, seed=0, frozen=False):
@@ -489,8 +489,8 @@ def test_a_network_has_the_same_fingerprint_in_every_process():
 )
 def test_other_parameters_miss(cache, paths, parameters):
     network = Network()
-    n_computed(stage(network, cache=cache), paths)
-    assert n_computed(stage(network, cache=cache, **parameters), paths) == N
+    n_computed(extractor(network, cache=cache), paths)
+    assert n_computed(extractor(network, cache=cache, **parameters), paths) == N
 
 
 @pytest.mark.parametrize(
@@ -506,28 +506,28 @@ def test_other_parameters_miss(cache, paths, parameters):
 )
 def test_other_preprocessing_misses(cache, paths, config):
     network = Network()
-    n_computed(stage(network, cache=cache), paths)
+    n_computed(extractor(network, cache=cache), paths)
     network.pretrained_cfg |= config
-    assert n_computed(stage(network, cache=cache), paths) == N
+    assert n_computed(extractor(network, cache=cache), paths) == N
 
 
 @pytest.mark.parametrize("name", ["torch.__version__", "PIL.__version__", "dfkde_sklearn.__version__"])
 def test_other_versions_miss(cache, paths, name, monkeypatch):
-    n_computed(stage(cache=cache), paths)
+    n_computed(extractor(cache=cache), paths)
     monkeypatch.setattr(name, "0.0.1")
-    assert n_computed(stage(cache=cache), paths) == N
+    assert n_computed(extractor(cache=cache), paths) == N
 
 
 def test_other_arithmetic_misses(cache, paths):
-    n_computed(stage(cache=cache), paths)
+    n_computed(extractor(cache=cache), paths)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert n_computed(stage(cache=cache), paths, reference=False) == N
-    assert n_computed(stage(cache=cache), paths) == 0
+        assert n_computed(extractor(cache=cache), paths, reference=False) == N
+    assert n_computed(extractor(cache=cache), paths) == 0
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_a_stale_entry(cache, paths):
     network = Network()
-    features = stage(network, cache=cache).fit(paths)
+    features = extractor(network, cache=cache).fit(paths)
 
     def overwrite(*call):
         Path(paths[3]).write_bytes(Path(paths[4]).read_bytes())
@@ -547,11 +547,11 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_a_stale_entry(
 def test_a_broken_image_loses_only_its_batch(cache, paths):
     network = Network()
     Path(paths[20]).write_bytes(b"not an image")
-    features = stage(network, cache=cache).fit(paths)
+    features = extractor(network, cache=cache).fit(paths)
     with pytest.raises(ValueError, match=r"20\.png: the file is not an image"):
         features.transform(paths)
     Path(paths[20]).write_bytes(Path(paths[0]).read_bytes())
-    assert n_computed(stage(network, cache=cache), paths) == 7  # 16 were kept, and one is a copy
+    assert n_computed(extractor(network, cache=cache), paths) == 7  # 16 were kept, and one is a copy
 
 
 def test_a_killed_process_leaves_what_it_had_done(paths, tmp_path, monkeypatch):
@@ -596,8 +596,8 @@ import numpy as np
 from dfkde_sklearn import ScatteringFeatures
 warnings.simplefilter("error")
 _, result, folder, *paths = sys.argv
-stage = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=2, cache=folder, device="cpu")
-np.save(result, stage.fit_transform(paths))
+extractor = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=2, cache=folder, device="cpu")
+np.save(result, extractor.fit_transform(paths))
 """
     results = [tmp_path / f"{i}.npy" for i in range(2)]
     workers = [
@@ -611,8 +611,8 @@ np.save(result, stage.fit_transform(paths))
 
 def test_threads_share_the_memory(paths):
     network = Network()
-    features = stage(network, cache=True).fit(paths)
-    expected = stage(network).fit_transform(paths)
+    features = extractor(network, cache=True).fit(paths)
+    expected = extractor(network).fit_transform(paths)
     found = {}
 
     def describe(i):
@@ -642,7 +642,7 @@ def damage(file, how):
 
 @pytest.mark.parametrize("how", ["not a database", "cut", "pages"])
 def test_a_damaged_file_is_reported_and_replaced(how, paths, tmp_path):
-    features = stage(cache=tmp_path).fit(paths)
+    features = extractor(cache=tmp_path).fit(paths)
     first = features.transform(paths)
     damage(tmp_path / _cache.FILE_NAME, how)
     with pytest.warns(UserWarning, match=r"damaged .*Its file is now .*damaged-\d+, which may be deleted"):
@@ -658,7 +658,7 @@ def test_a_damaged_file_is_reported_and_replaced(how, paths, tmp_path):
 
 
 def test_an_emptied_file_is_filled_again(paths, tmp_path):
-    features = stage(cache=tmp_path).fit(paths)
+    features = extractor(cache=tmp_path).fit(paths)
     first = features.transform(paths)
     damage(tmp_path / _cache.FILE_NAME, "empty")
     with no_warning():
@@ -676,7 +676,7 @@ def test_an_emptied_file_is_filled_again(paths, tmp_path):
     ],
 )
 def test_a_damaged_row_is_reported_and_computed_again(statement, paths, tmp_path):
-    features = stage(cache=tmp_path).fit(paths)
+    features = extractor(cache=tmp_path).fit(paths)
     first = features.transform(paths)
     with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
         connection.execute(statement)
@@ -691,7 +691,7 @@ def test_a_damaged_row_is_reported_and_computed_again(statement, paths, tmp_path
 
 
 def folder_call(folder, call):
-    """Ask a folder as a feature stage does; return the answer, and how often it warned."""
+    """Ask a folder as a feature extractor does; return the answer, and how often it warned."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         store = _cache._Folder(folder)
@@ -824,7 +824,7 @@ def test_a_file_of_another_program_is_not_removed_on_a_full_disk(tmp_path):
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_result(images, tmp_path):
-    features = stage(cache=tmp_path, batch_size=4).fit(images)
+    features = extractor(cache=tmp_path, batch_size=4).fit(images)
     expected = clone(features).set_params(cache=None).fit(images).transform(images)
     with bounded_files(20_000), pytest.warns(UserWarning, match="cannot be used .* computed and not kept") as caught:
         found = features.transform(images)
@@ -836,7 +836,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_result(images, tmp_path):
 
 def test_a_locked_file_is_waited_for_only_so_long(images, tmp_path, monkeypatch):
     monkeypatch.setattr(_cache, "PATIENCE", 0.05)
-    features = stage(cache=tmp_path).fit(images)
+    features = extractor(cache=tmp_path).fit(images)
     with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.warns(UserWarning, match=r"cannot be used \(database is locked\)"):
@@ -852,14 +852,14 @@ def test_a_file_of_another_program_is_left_alone(images, tmp_path):
     with contextlib.closing(sqlite3.connect(file)) as connection:
         connection.execute("CREATE TABLE letters (text)")
     content = file.read_bytes()
-    for call in (lambda: stage(cache=tmp_path).fit(images), lambda: clear_cache(tmp_path)):
+    for call in (lambda: extractor(cache=tmp_path).fit(images), lambda: clear_cache(tmp_path)):
         with pytest.raises(ValueError, match=r"is an SQLite file of another program\. Give another folder"):
             call()
     assert file.read_bytes() == content
 
 
 def test_a_cache_of_a_newer_version_is_refused_and_left_alone(images, tmp_path):
-    features = stage(cache=tmp_path).fit(images)
+    features = extractor(cache=tmp_path).fit(images)
     features.transform(images)
     with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
         connection.execute("PRAGMA user_version = 7")
@@ -873,9 +873,9 @@ def test_a_cache_of_a_newer_version_is_refused_and_left_alone(images, tmp_path):
 def test_a_file_is_no_folder(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match=r"cache='.*file' is a file. Give a folder"):
-        stage(cache=tmp_path / "file").fit(images)
+        extractor(cache=tmp_path / "file").fit(images)
     with pytest.raises(OSError, match=r"cache='.*below': the folder cannot be made"):
-        stage(cache=tmp_path / "file" / "below").fit(images)
+        extractor(cache=tmp_path / "file" / "below").fit(images)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_computed(images, tmp_path, monkeypatch):
@@ -883,34 +883,34 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_comput
     monkeypatch.setattr(os, "access", lambda *_: False)
     network = Network()
     with pytest.raises(PermissionError, match=r"cannot be written to. Give another folder, or cache=True"):
-        stage(network, cache=tmp_path).fit(images)
+        extractor(network, cache=tmp_path).fit(images)
     assert network.n_seen == 0
 
 
 @pytest.mark.parametrize("cache", [3, 1.5, ["folder"]])
 def test_other_values_are_refused(cache, images):
     with pytest.raises(ValueError, match="The 'cache' parameter of TimmFeatures must be"):
-        stage(cache=cache).fit(images)
+        extractor(cache=cache).fit(images)
 
 
 # ---- how much there is
 
 
 def test_size_is_counted_and_cleared(cache, images):
-    stage(cache=cache).fit_transform(images)
+    extractor(cache=cache).fit_transform(images)
     size = cache_size(cache)
     assert size.n_rows == 3 * N
     assert size.n_bytes > 4 * (4 + 5 + 6) * N
     clear_cache(cache)
     assert cache_size(cache).n_rows == 0
     assert cache_size(cache).n_bytes < size.n_bytes
-    assert n_computed(stage(cache=cache), images) == N
+    assert n_computed(extractor(cache=cache), images) == N
 
 
 def test_memory_is_bounded_and_keeps_what_was_read_last(images, monkeypatch):
     one_row = 4 * 4 + _cache.ENTRY_BYTES
     monkeypatch.setattr(_cache, "MEMORY_BYTES", 10 * one_row)
-    features = stage(layers=["first"], cache=True)
+    features = extractor(layers=["first"], cache=True)
     assert n_computed(features, images[:10]) == 10
     assert n_computed(features, images[:5]) == 0
     assert n_computed(features, images[10:15]) == 5  # 5 to 9 make room
@@ -932,12 +932,12 @@ def test_there_is_nothing_to_count_where_there_is_no_cache(tmp_path):
 
 def test_false_and_none_keep_nothing(images):
     for cache in (False, None):
-        stage(cache=cache).fit_transform(images)
+        extractor(cache=cache).fit_transform(images)
     assert cache_size().n_rows == 0
 
 
 def test_the_command_tells_the_size_and_empties_it(images, tmp_path, capsys):
-    stage(cache=tmp_path).fit_transform(images)
+    extractor(cache=tmp_path).fit_transform(images)
     assert main(["cache", "size", str(tmp_path)]) == 0
     size = cache_size(tmp_path)
     assert f"Entries                 {3 * N}, one for each image and layer" in capsys.readouterr().out
