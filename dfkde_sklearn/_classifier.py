@@ -95,6 +95,9 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     ['good', 'bad', 'bad']
     """
 
+    # The public path, which pickles and lists of trusted types name.
+    __module__ = "dfkde_sklearn"
+
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "detector": [HasMethods(["fit", "predict", "decision_function"])],
         "anomaly_label": ["boolean", int, np.integer, str],

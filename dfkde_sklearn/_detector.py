@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._density.fit import copies, fit
-from dfkde_sklearn._density.scoring import FeatureDensity, RowDensity, Settings, n_leaving
+from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
 from dfkde_sklearn._device import as_device
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
 _ROWS = 2**14
 _ENTRIES = 2**20
+# Parts of the density's state that are public attributes; the others are the affair of this package.
+_PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwidth", "kernel_centers")
 
 
 class DFKDEDetector(OutlierMixin, BaseEstimator):
@@ -152,6 +154,9 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     >>> detector.p_values(new).round(2)
     array([0.58, 0.43, 0.  ])
     """
+
+    # The public path, which pickles and lists of trusted types name.
+    __module__ = "dfkde_sklearn"
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "features": [StrOptions({"auto"}), HasMethods(["fit", "transform"]), None],
@@ -652,40 +657,18 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         return (scores.astype(np.float64) - self.offset_).astype(scores.dtype)
 
     def _keep(self, fitted: FeatureDensity) -> None:
-        """Set the fitted attributes, as NumPy arrays and plain numbers in the units of the features."""
-        density = fitted.density
-        # The axes of a trimmed fit meet at the mean of the rows that it keeps.
-        self.mean_ = (fitted.mean + density.centre / fitted.scale).cpu().numpy()
-        self.components_ = density.axes.T.contiguous().cpu().numpy()
-        self.singular_values_ = (density.singular_values / fitted.scale).cpu().numpy()
+        """Set the fitted attributes that come from the density, as NumPy arrays and plain numbers."""
+        for name, value in fitted.state().items():
+            setattr(self, _attribute(name), value.cpu().numpy() if isinstance(value, Tensor) else value)
         self.n_components_ = len(self.components_)
-        self.max_length_ = density.max_length / fitted.scale
-        self.bandwidth_ = density.bandwidth
-        self.kernel_centers_ = density.kernel_centers.cpu().numpy()
-        self._scale = fitted.scale
-        self._whitening = density.whitening.cpu().numpy()
-        self._log_volume = density.log_volume
-        self._log_jacobian = density.log_jacobian
-        self._residual = density.residual
-        self._gaussian_residual = density.gaussian_residual
 
     def _fitted(self, dtype: torch.dtype, device: torch.device) -> FeatureDensity:
-        """Return what `_keep` took apart, on the device, for rows of `dtype`."""
-        density = RowDensity(
-            centre=torch.zeros(len(self.mean_), dtype=torch.float64, device=device),
-            axes=_tensor(self.components_, device).T,
-            singular_values=_tensor(self.singular_values_, device) * self._scale,
-            scaling=self.scaling,
-            max_length=self.max_length_ * self._scale,
-            whitening=_tensor(self._whitening, device),
-            log_volume=self._log_volume,
-            log_jacobian=self._log_jacobian,
-            bandwidth=self.bandwidth_,
-            kernel_centers=_tensor(self.kernel_centers_, device).to(dtype),
-            residual=self._residual,
-            gaussian_residual=self._gaussian_residual,
-        )
-        return FeatureDensity(_tensor(self.mean_, device), self._scale, density)
+        """Return what `_keep` kept, on the device, for rows of `dtype`."""
+        kept = {name: getattr(self, _attribute(name)) for name, _ in STATE}
+        state = {
+            name: _tensor(value, device) if isinstance(value, np.ndarray) else value for name, value in kept.items()
+        }
+        return FeatureDensity.from_state(state, dtype)
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)
@@ -761,6 +744,11 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
     def _density_device(self) -> torch.device:
         device = as_device(self.device)
         return torch.device("cpu") if device.type == "mps" else device
+
+
+def _attribute(name: str) -> str:
+    """Return the name of the attribute that holds a part of the density's state."""
+    return f"{name}_" if name in _PUBLIC_STATE else f"_{name}"
 
 
 def _is_matrix(X: Any) -> bool:

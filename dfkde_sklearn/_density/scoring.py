@@ -7,8 +7,9 @@ Functions of tensors, over the two halves that know nothing of each other: `_red
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +35,30 @@ _FARTHEST = 1e150
 # Rows scored at a time: enough to pay for a call, and few enough that copies of their coordinates take little memory.
 _ROWS = 2**14
 
+# All that a fitted density consists of: the name of each part, and its axes (D features, d components, n kernels, two
+# numbers of a residual term or none: t and u). A part without axes is a plain number. Lengths are those of features.
+STATE = (
+    ("mean", "D"),
+    ("scale", ""),
+    ("components", "dD"),
+    ("singular_values", "d"),
+    ("scaling_code", ""),
+    ("max_length", ""),
+    ("whitening", "dd"),
+    ("log_volume", ""),
+    ("log_jacobian", ""),
+    ("bandwidth", ""),
+    ("kernel_centers", "nd"),
+    ("residual", "t"),
+    ("gaussian_residual", "u"),
+)
+
 Scaling = Literal["scale", "norm"] | None
+# In the order of their codes in the state.
+SCALINGS: tuple[Scaling, ...] = (None, "scale", "norm")
 Bandwidth = Literal["scott", "silverman", "loo"] | float
 Residual = Literal["gaussian", "box"] | None
+_TERMS = ("residual", "gaussian_residual")
 
 
 class Settings(NamedTuple):
@@ -195,6 +217,50 @@ class FeatureDensity:
     mean: Tensor
     scale: float
     density: RowDensity
+
+    def state(self) -> dict[str, Tensor | float]:
+        """Return the parts that `STATE` names, in its order."""
+        density = self.density
+        none = self.mean.new_empty(0)
+        return {
+            # The axes of a trimmed fit meet at the mean of the rows that it keeps.
+            "mean": self.mean + density.centre / self.scale,
+            "scale": self.scale,
+            "components": density.axes.T.contiguous(),
+            "singular_values": density.singular_values / self.scale,
+            "scaling_code": SCALINGS.index(density.scaling),
+            "max_length": density.max_length / self.scale,
+            "whitening": density.whitening,
+            "log_volume": density.log_volume,
+            "log_jacobian": density.log_jacobian,
+            "bandwidth": density.bandwidth,
+            "kernel_centers": density.kernel_centers,
+            "residual": none if density.residual is None else none.new_tensor(density.residual),
+            "gaussian_residual": none
+            if density.gaussian_residual is None
+            else none.new_tensor(density.gaussian_residual),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor | float], dtype: torch.dtype) -> FeatureDensity:
+        """Return the density of these parts, for feature rows of `dtype`."""
+        parts: Any = state
+        scale = float(parts["scale"])
+        terms = (ResidualTerm(*parts[name].tolist()) if len(parts[name]) else None for name in _TERMS)
+        density = RowDensity(
+            centre=torch.zeros_like(parts["mean"]),
+            axes=parts["components"].T,
+            singular_values=parts["singular_values"] * scale,
+            scaling=SCALINGS[int(parts["scaling_code"])],
+            max_length=float(parts["max_length"]) * scale,
+            whitening=parts["whitening"],
+            log_volume=float(parts["log_volume"]),
+            log_jacobian=float(parts["log_jacobian"]),
+            bandwidth=float(parts["bandwidth"]),
+            kernel_centers=parts["kernel_centers"].to(dtype),
+            **dict(zip(_TERMS, terms, strict=True)),
+        )
+        return cls(parts["mean"], scale, density)
 
     def log_density(self, X: Tensor, working_memory: int, *, full: bool = False) -> Tensor:
         """Return the natural log of the density of each row of `X`, of shape (n,).

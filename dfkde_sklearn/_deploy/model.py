@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dfkde_sklearn._density.fit import copies, fit
 from dfkde_sklearn._density.scoring import (
+    SCALINGS,
+    STATE,
     FeatureDensity,
-    ResidualTerm,
-    RowDensity,
     Scaling,
     Settings,
     beyond_rounding,
@@ -41,27 +41,8 @@ if TYPE_CHECKING:
 
 # Draws the rows that filter_count keeps: the original's signature has no place for a seed.
 _SEED = 0
-# In the order of their codes in DensityBuffers.scaling_code.
-_SCALINGS: tuple[Scaling, ...] = (None, "scale", "norm")
-# The axes of every buffer: D features, d components, n kernels, m training rows, t terms (two numbers, or none).
-_AXES = {
-    "mean": "D",
-    "scale": "",
-    "components": "dD",
-    "singular_values": "d",
-    "scaling_code": "",
-    "max_length": "",
-    "whitening": "dd",
-    "log_volume": "",
-    "log_jacobian": "",
-    "bandwidth": "",
-    "kernel_centers": "nd",
-    "residual": "t",
-    "gaussian_residual": "u",
-    "calibration_scores": "m",
-    "steepness": "",
-    "offset": "",
-}
+# The axes of every buffer; m are training rows.
+_AXES = dict(STATE) | {"calibration_scores": "m", "steepness": "", "offset": ""}
 _IN_ROW_DTYPE = ("kernel_centers", "calibration_scores")
 # Of the residual terms the first number, the variance.
 _POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
@@ -103,7 +84,7 @@ class DensityBuffers(nn.Module):
         super().__init__()
         for name, axes in _AXES.items():
             self.register_buffer(name, torch.full([0] * len(axes), math.nan, dtype=torch.float64))
-        self.scaling_code = torch.tensor(_SCALINGS.index(scaling))
+        self.scaling_code = torch.tensor(SCALINGS.index(scaling))
         self.steepness = torch.tensor(steepness, dtype=torch.float64)
         self.offset = torch.tensor(offset, dtype=torch.float64)
         self.scaling = scaling
@@ -115,47 +96,16 @@ class DensityBuffers(nn.Module):
 
     def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
         """Take over a fitted density and the scores of its training rows."""
-        density = fitted.density
-        kept: dict[str, Any] = {
-            # The axes of a trimmed fit meet at the mean of the rows that it keeps.
-            "mean": fitted.mean + density.centre / fitted.scale,
-            "scale": fitted.scale,
-            "components": density.axes.T,
-            "singular_values": density.singular_values,
-            "scaling_code": _SCALINGS.index(density.scaling),
-            "max_length": density.max_length,
-            "whitening": density.whitening,
-            "log_volume": density.log_volume,
-            "log_jacobian": density.log_jacobian,
-            "bandwidth": density.bandwidth,
-            "kernel_centers": density.kernel_centers,
-            "residual": density.residual or (),
-            "gaussian_residual": density.gaussian_residual or (),
-            "calibration_scores": calibration_scores,
-        }
+        kept = fitted.state() | {"calibration_scores": calibration_scores}
         for name, value in kept.items():
-            dtype = value.dtype if name in _IN_ROW_DTYPE else self.get_buffer(name).dtype
+            dtype = None if name in _IN_ROW_DTYPE else self.get_buffer(name).dtype
             tensor = torch.as_tensor(value, dtype=dtype, device=self.mean.device)
             setattr(self, name, tensor.detach().clone(memory_format=torch.contiguous_format))
-        self.scaling = density.scaling
+        self.scaling = fitted.density.scaling
 
     def fitted(self, dtype: torch.dtype) -> FeatureDensity:
         """Return what was kept, for feature rows of `dtype`."""
-        density = RowDensity(
-            centre=torch.zeros_like(self.mean),
-            axes=self.components.T,
-            singular_values=self.singular_values,
-            scaling=self.scaling,
-            max_length=float(self.max_length),
-            whitening=self.whitening,
-            log_volume=float(self.log_volume),
-            log_jacobian=float(self.log_jacobian),
-            bandwidth=float(self.bandwidth),
-            kernel_centers=self.kernel_centers.to(dtype),
-            residual=ResidualTerm(*self.residual.tolist()) if len(self.residual) else None,
-            gaussian_residual=ResidualTerm(*self.gaussian_residual.tolist()) if len(self.gaussian_residual) else None,
-        )
-        return FeatureDensity(self.mean, float(self.scale), density)
+        return FeatureDensity.from_state({name: self.get_buffer(name) for name, _ in STATE}, dtype)
 
     def log_density(self, features: Tensor) -> Tensor:
         """Return the natural log of the density of feature rows (n, D), of shape (n,), in their dtype."""
@@ -182,7 +132,7 @@ class DensityBuffers(nn.Module):
         # Scalars are multiplied into the small matrix: onnxruntime would fuse one beside a large product into it, as
         # a number of float32. Exporters round Python's floats to float32 too, but no tensors.
         if self.scaling == "scale":
-            queries = coordinates @ (self.whitening / (self.bandwidth * self.max_length))
+            queries = coordinates @ (self.whitening / (self.bandwidth * self.max_length * self.scale))
         else:
             queries = scaled(coordinates, self.scaling, 1.0) @ (self.whitening / self.bandwidth)
         kernels = self.kernel_centers.double() / self.bandwidth
@@ -234,7 +184,7 @@ class DensityBuffers(nn.Module):
         super()._load_from_state_dict(
             dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.scaling = _SCALINGS[int(self.scaling_code)]
+        self.scaling = SCALINGS[int(self.scaling_code)]
 
 
 def _faults(given: Mapping[str, Any]) -> list[str]:
@@ -256,8 +206,8 @@ def _faults(given: Mapping[str, Any]) -> list[str]:
                     faults.append(f"{name} has shape {tuple(value.shape)}, which does not fit the other sizes")
     if any(lengths.get(axis, 0) not in (0, 2) for axis in "tu"):
         faults.append("residual and gaussian_residual hold two numbers each, or none")
-    if not faults and "scaling_code" in given and int(given["scaling_code"]) not in range(len(_SCALINGS)):
-        faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(_SCALINGS) - 1}")
+    if not faults and "scaling_code" in given and int(given["scaling_code"]) not in range(len(SCALINGS)):
+        faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(SCALINGS) - 1}")
     return faults or [
         fault for name in given if (fault := _value_fault(name, given, is_fitted=lengths.get("n", 0) > 0))
     ]
@@ -436,6 +386,9 @@ class DfkdeModel(nn.Module):
     torch.Size([12])
     """
 
+    # The public path, which pickles and lists of trusted types name.
+    __module__ = "dfkde_sklearn"
+
     def __init__(
         self,
         layers: Sequence[str],
@@ -448,7 +401,7 @@ class DfkdeModel(nn.Module):
         threshold_offset: float = 12.0,
     ) -> None:
         super().__init__()
-        if pre_processing not in _SCALINGS:
+        if pre_processing not in SCALINGS:
             raise ValueError(f"pre_processing={pre_processing!r}. Allowed: 'scale', 'norm', or None for neither.")
         is_share = isinstance(n_comps, float) and 0 < n_comps < 1
         if not is_share and not (isinstance(n_comps, int) and n_comps >= 1):
@@ -544,7 +497,7 @@ class DfkdeModel(nn.Module):
     @property
     def max_length(self) -> Tensor:
         """The largest norm of a training row's components; NaN before `fit`."""
-        return self.density.max_length / self.density.scale
+        return self.density.max_length
 
     def read_images(self, images: Any) -> Tensor:
         """Return images as the feature extractor takes them: resized, cropped and normalised.

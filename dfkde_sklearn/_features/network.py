@@ -163,6 +163,9 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
     [32, 192]
     """
 
+    # The public path, which pickles and lists of trusted types name.
+    __module__ = "dfkde_sklearn"
+
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's protocol)
         "backbone": [str, nn.Module],
         "layers": [str, list, tuple, None],

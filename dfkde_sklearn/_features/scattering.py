@@ -119,6 +119,9 @@ class ScatteringFeatures(TransformerMixin, BaseEstimator):
     ['order1_scale0_orientation0_mean', 'order2_scale0_orientation3_scale1_orientation3_max']
     """
 
+    # The public path, which pickles and lists of trusted types name.
+    __module__ = "dfkde_sklearn"
+
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's protocol)
         "scales": [Interval(Integral, 1, None, closed="left")],
         "orientations": [Interval(Integral, 1, None, closed="left")],

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import DFKDEDetector, _scattering
+from dfkde_sklearn import DFKDEDetector
 from dfkde_sklearn._cli.main import main
+from dfkde_sklearn._features import scattering
 from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL, TILE, Section, Tile, contact_sheet
 from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
 
@@ -287,7 +288,7 @@ def test_the_settings_of_one_run_are_not_in_the_model(textures, tmp_path):
 
 def test_a_second_run_describes_only_images_that_are_not_in_the_cache(textures, tmp_path, monkeypatch, capsys):
     described = []
-    whole = _scattering.scattering_coefficients
+    whole = scattering.scattering_coefficients
 
     def counted(batch, *arguments):
         described.append(len(batch))

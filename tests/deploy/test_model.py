@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _backbones
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
 from dfkde_sklearn._deploy.model import DfkdeModel
+from dfkde_sklearn._features import backbones
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -539,6 +540,6 @@ def test_the_original_in_float32_loses_what_the_log_keeps():
 
 
 def test_nothing_is_left_loaded_for_a_module():
-    before = dict(_backbones._loaded)
+    before = dict(backbones._loaded)
     DfkdeModel(["0"], nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    assert dict(_backbones._loaded) == before
+    assert dict(backbones._loaded) == before

@@ -22,7 +22,9 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import FunctionTransformer
 
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, _backbones, _persistence
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
+from dfkde_sklearn._deploy import saved
+from dfkde_sklearn._features import backbones
 
 METHODS = ("predict", "predict_proba", "p_values", "decision_function", "score_samples", "score")
 
@@ -38,7 +40,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _nothing_loaded_before():
-    _backbones._loaded.clear()
+    backbones._loaded.clear()
 
 
 def rows(n, width=12, seed=0, dtype=np.float64):
@@ -75,7 +77,7 @@ def rewrite(path, **changes):
         (tensors if key in tensors else header)[key] = value
     header["sha256"] = "0" * 64
     data = safetensors.torch.save(tensors, {"dfkde-sklearn": json.dumps(header)})
-    Path(path).write_bytes(data.replace(b"0" * 64, _persistence.hashlib.sha256(data).hexdigest().encode(), 1))
+    Path(path).write_bytes(data.replace(b"0" * 64, saved.hashlib.sha256(data).hexdigest().encode(), 1))
 
 
 # ---- the same detector
@@ -125,7 +127,7 @@ def test_names_of_columns_are_kept(tmp_path):
 def test_the_feature_stage_is_kept(extractor, tmp_path):
     detector = DFKDEDetector(extractor(), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
-    _backbones._loaded.clear()
+    backbones._loaded.clear()
     loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
     np.testing.assert_array_equal(loaded.score_samples(pictures(4, 1)), detector.score_samples(pictures(4, 1)))
     fitted, known = vars(loaded.features_), vars(detector.features_)
@@ -378,7 +380,7 @@ def altered(document, path, rng):
 
 def write_signed(path, header, tensors):
     data = safetensors.torch.save(tensors, {"dfkde-sklearn": json.dumps(header | {"sha256": "0" * 64})})
-    digest = _persistence.hashlib.sha256(data).hexdigest().encode()
+    digest = saved.hashlib.sha256(data).hexdigest().encode()
     Path(path).write_bytes(data.replace(b"0" * 64, digest, 1))
 
 
@@ -539,7 +541,7 @@ def test_load_does_not_ask_the_network_unless_told_to(tmp_path, monkeypatch):
         asked.append(request.full_url)
         raise OSError("no network here")
 
-    monkeypatch.setattr(_backbones.urllib.request, "urlopen", ask)
+    monkeypatch.setattr(backbones.urllib.request, "urlopen", ask)
     with pytest.raises(OSError, match="download=False"):
         DFKDEDetector.load(tmp_path / "d")
     assert asked == []
@@ -587,10 +589,9 @@ def test_pickle_and_joblib_keep_a_backbone_by_name(tmp_path):
 def test_skops_loads_a_detector_with_the_types_that_the_documentation_lists():
     skops = pytest.importorskip("skops.io", reason="skops is not installed")
     trusted = {
-        "dfkde_sklearn._detector.DFKDEDetector",
-        "dfkde_sklearn._dfkde.ResidualTerm",
-        "dfkde_sklearn._features.TimmFeatures",
-        "dfkde_sklearn._scattering.ScatteringFeatures",
+        "dfkde_sklearn.DFKDEDetector",
+        "dfkde_sklearn.TimmFeatures",
+        "dfkde_sklearn.ScatteringFeatures",
     }
     for extractor in (tiny(), ScatteringFeatures(scales=2, orientations=4, image_size=32)):
         detector = DFKDEDetector(extractor, n_components=3, residual="box").fit(pictures(10))

@@ -557,9 +557,10 @@ def test_a_broken_image_loses_only_its_batch(cache, paths):
 def test_a_killed_process_leaves_what_it_had_done(paths, tmp_path, monkeypatch):
     script = """
 import os, signal, sys
-from dfkde_sklearn import ScatteringFeatures, _scattering
+from dfkde_sklearn import ScatteringFeatures
+from dfkde_sklearn._features import scattering
 
-whole, n_batches = _scattering.scattering_coefficients, []
+whole, n_batches = scattering.scattering_coefficients, []
 
 def scattering_coefficients(*arguments):
     n_batches.append(1)
@@ -567,7 +568,7 @@ def scattering_coefficients(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*arguments)
 
-_scattering.scattering_coefficients = scattering_coefficients
+scattering.scattering_coefficients = scattering_coefficients
 features = ScatteringFeatures(scales=2, orientations=2, image_size=16, batch_size=8, device="cpu", cache=sys.argv[1])
 features.fit_transform(sys.argv[2:])
 """
@@ -576,7 +577,7 @@ features.fit_transform(sys.argv[2:])
     assert done.returncode == -signal.SIGKILL
     features = ScatteringFeatures(scales=2, orientations=2, image_size=16, device="cpu").fit(paths)
     expected = features.transform(paths)
-    n_computed, whole = [], _scattering.scattering_coefficients
+    n_computed, whole = [], scattering.scattering_coefficients
 
     def counted(batch, *arguments):
         n_computed.append(len(batch))

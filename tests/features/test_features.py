@@ -30,7 +30,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dfkde_sklearn import _backbones
+from dfkde_sklearn._features import backbones
 from dfkde_sklearn._features.network import TimmFeatures, image_transform
 
 REAL_WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
@@ -43,7 +43,7 @@ def images():
 
 @pytest.fixture(autouse=True)
 def _nothing_loaded_before():
-    _backbones._loaded.clear()
+    backbones._loaded.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -599,7 +599,7 @@ def test_random_weights_follow_from_random_state_and_leave_global_generators_alo
     first = tiny(random_state=3).fit(images)
     assert torch.equal(torch.get_rng_state(), torch_state)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
-    _backbones._loaded.clear()
+    backbones._loaded.clear()
     torch.manual_seed(99)
     again, other = tiny(random_state=3).fit(images), tiny(random_state=4).fit(images)
     np.testing.assert_array_equal(first.transform(images), again.transform(images))
@@ -810,7 +810,7 @@ def test_recipe_for_a_module_in_the_error_of_weights_checks_the_weights(num_clas
 def test_weights_leave_no_second_copy_in_the_network(images, tmp_path):
     file = saved(tmp_path / "vit.safetensors", network="test_vit", num_classes=0)
     tiny("test_vit", weights=file, image_size=96).fit(images)
-    (loaded,) = _backbones._loaded.values()
+    (loaded,) = backbones._loaded.values()
     assert "state_dict" not in loaded.network.pretrained_cfg
 
 
@@ -926,7 +926,7 @@ def test_unpickled_features_load_their_backbone_again(store, images, tmp_path):
     else:
         joblib.dump(features, tmp_path / "features.joblib")
         again = joblib.load(tmp_path / "features.joblib")
-    _backbones._loaded.clear()
+    backbones._loaded.clear()
     np.testing.assert_array_equal(again.transform(images), expected)
 
 
@@ -941,10 +941,10 @@ def test_backbones_are_shared_and_no_more_are_kept_than_the_bound(images):
     for layers in (None, "layer1", ["layer2", "layer3"]):
         clone(tiny(layers=layers)).fit_transform(images)
         tiny("test_resnet.r160_in1k", layers=layers).fit_transform(images)
-    assert len(_backbones._loaded) == 1
-    for seed in range(_backbones.MAX_LOADED + 2):
+    assert len(backbones._loaded) == 1
+    for seed in range(backbones.MAX_LOADED + 2):
         tiny(random_state=seed).fit(images)
-    assert len(_backbones._loaded) == _backbones.MAX_LOADED
+    assert len(backbones._loaded) == backbones.MAX_LOADED
 
 
 def test_weights_hash_depends_on_names_shapes_dtypes_and_values():
@@ -952,7 +952,7 @@ def test_weights_hash_depends_on_names_shapes_dtypes_and_values():
         module = nn.Module()
         for name, values in tensors.items():
             module.register_buffer(name, values)
-        return _backbones.weights_hash(module)
+        return backbones.weights_hash(module)
 
     zeros = torch.zeros(2, 3)
     different = [
