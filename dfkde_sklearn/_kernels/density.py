@@ -83,9 +83,13 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     tensor([-1.4189e+00, -5.0000e+11])
     """
     run = running(queries.device, len(queries) * len(support))
+    log_normaliser = _log_normaliser(len(support), support.shape[1], bandwidth)
+    # At once, as to find and fill what is left, below, wakes torch's threads, which may take milliseconds.
+    if _is_cheaper_directly(len(queries), support):
+        return (direct_log_sums(run, queries, support, bandwidth, working_memory) - log_normaliser).to(queries.dtype)
     out = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=queries.device)
     # Each of three ways leaves NaN where it is not exact enough. The later ones are slower.
-    if not _is_cheaper_directly(len(queries), support) and _computing_dtype(queries) == torch.float32:
+    if _computing_dtype(queries) == torch.float32:
         factor = kernel_factor(run, support, bandwidth, torch.float32)
         near = is_in_range(run, queries, factor).nonzero()[:, 0]
         out[near] = log_sums(run, queries, near, factor, working_memory)
@@ -96,7 +100,7 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
         left = out.isnan().nonzero()[:, 0]
     if len(left):
         out[left] = direct_log_sums(run, queries[left], support, bandwidth, working_memory)
-    return (out - _log_normaliser(len(support), support.shape[1], bandwidth)).to(queries.dtype)
+    return (out - log_normaliser).to(queries.dtype)
 
 
 @_in_available_memory
@@ -127,16 +131,17 @@ def leave_one_out(support: Tensor, bandwidth: float, *, working_memory: int = WO
     if n < 2:
         raise ValueError(f"leaving one row out of {n} leaves no kernel; at least 2 rows are needed")
     run = running(support.device, n * n)
-    out = torch.full((n,), torch.nan, dtype=torch.float64, device=support.device)
-    if not _is_cheaper_directly(n, support):
+    if _is_cheaper_directly(n, support):
+        out = direct_log_sums(run, support, support, bandwidth, working_memory, own=torch.arange(n))
+    else:
         factor = kernel_factor(run, support, bandwidth, _computing_dtype(support))
         n_near = int(is_in_range(run, support, factor).sum())
         # A far row is computed directly, which for more than a few costs more than float64 for all.
         if factor.rows.dtype == torch.float32 and n - n_near > n // 32:
             factor = kernel_factor(run, support, bandwidth, torch.float64)
         out = leave_one_out_log_sums(run, factor, working_memory)
-    if len(left := out.isnan().nonzero()[:, 0]):
-        out[left] = direct_log_sums(run, support[left], support, bandwidth, working_memory, own=left)
+        if len(left := out.isnan().nonzero()[:, 0]):
+            out[left] = direct_log_sums(run, support[left], support, bandwidth, working_memory, own=left)
     return (out - _log_normaliser(n - 1, d, bandwidth)).to(support.dtype)
 
 
