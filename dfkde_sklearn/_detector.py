@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
+from math import isclose
 from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -23,8 +25,10 @@ from dfkde_sklearn._calibration import CalibratedOutlierMixin, labels, threshold
 from dfkde_sklearn._density.fit import copies, fit
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 
 if TYPE_CHECKING:
+    from dfkde_sklearn._deploy.buffers import DensityBuffers
     from dfkde_sklearn._deploy.model import DfkdeModel
 
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
@@ -370,9 +374,10 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             If the detector is not fitted.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._deploy.model import model_of
+        from dfkde_sklearn._deploy.model import extractor_module, fitted_model
 
-        return model_of(self)
+        n_components = self.n_components_ if self.n_components == "auto" else self.n_components
+        return fitted_model(self._buffers(), extractor_module(self.features_), n_components, self.max_samples)
 
     @classmethod
     def from_torch(cls, model: DfkdeModel) -> Self:
@@ -396,9 +401,32 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         ValueError
             If it is not fitted.
         """
-        from dfkde_sklearn._deploy.model import detector_of
+        from dfkde_sklearn._deploy.model import DfkdeModel
 
-        return detector_of(model, cls)
+        if not isinstance(model, DfkdeModel):
+            raise TypeError(
+                f"A DfkdeModel is needed, not {type(model).__name__}. For weights: DfkdeModel.from_anomalib."
+            )
+        buffers = model.density
+        if not buffers.is_fitted:
+            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+        bandwidth, scott = float(buffers.bandwidth), scott_bandwidth(*buffers.kernel_centers.shape)
+        residual: Literal["gaussian", "box"] | None = None
+        if len(buffers.residual):
+            residual = "gaussian" if torch.equal(buffers.residual, buffers.gaussian_residual) else "box"
+        extractor = None if model.feature_extractor is None else model.feature_extractor.as_extractor()
+        detector = cls(
+            extractor,
+            n_components=model.n_components,
+            scaling=model.pre_processing,
+            bandwidth="scott" if isclose(bandwidth, scott, rel_tol=1e-12) else bandwidth,
+            residual=residual,
+            max_samples=model.filter_count or None,
+            threshold_steepness=model.threshold_steepness,
+            threshold_offset=model.threshold_offset,
+        )
+        detector._take(buffers, extractor)
+        return detector
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the fitted detector to a file that later versions read, and that holds no code.
@@ -567,6 +595,27 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             name: _tensor(value, device) if isinstance(value, np.ndarray) else value for name, value in kept.items()
         }
         return FeatureDensity.from_state(state, dtype)
+
+    def _buffers(self) -> DensityBuffers:
+        """Return the fitted state as buffers of a torch module, on the CPU."""
+        from dfkde_sklearn._deploy.buffers import DensityBuffers
+
+        dtype = torch.float32 if self.kernel_centers_.dtype == np.float32 else torch.float64
+        buffers = DensityBuffers(self.scaling, float(self.threshold_steepness), float(self.offset_))
+        # A copy, since arrays out of a memory map cannot be written to, of which torch warns.
+        scores = torch.from_numpy(np.array(self.calibration_scores_))
+        buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
+        return buffers
+
+    def _take(self, buffers: DensityBuffers, extractor: Any) -> None:
+        """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""
+        buffers = copy.deepcopy(buffers)  # the arrays share the memory of the tensors
+        self._keep(buffers.fitted(buffers.kernel_centers.dtype))
+        self.calibration_scores_ = buffers.calibration_scores.cpu().numpy()
+        self.offset_ = float(buffers.offset)
+        self.classes_ = np.array([-1, 1])
+        self.n_features_in_ = len(self.mean_)
+        self.features_ = extractor
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.special import expit
 from torch import Tensor, nn
 
-from dfkde_sklearn._deploy.model import DfkdeModel, ScatteringModule, model_of
+from dfkde_sklearn._deploy.model import DfkdeModel, ScatteringModule
 from dfkde_sklearn._features.network import TimmFeatures, image_transform, timm_transform
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._images import as_images, image_batches
@@ -205,7 +205,7 @@ def _rounded(levels: Tensor) -> Tensor:
 
 def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
     """Return what is exported, the name of its input, and an example of it."""
-    model = model_of(detector).eval()
+    model = detector.to_torch().eval()
     if isinstance(model.feature_extractor, ScatteringModule):
         raise ValueError(
             "features=ScatteringFeatures(...) cannot be exported: other runtimes lack its complex Fourier transforms. "
