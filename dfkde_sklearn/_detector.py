@@ -165,7 +165,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     >>> detector.predict(new)
     array([ 1,  1, -1])
     >>> detector.p_values(new).round(2)
-    array([0.58, 0.43, 0.  ])
+    array([0.36, 0.75, 0.  ])
     """
 
     # The public path, which pickles and lists of trusted types name.
@@ -279,9 +279,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:
         """Fit to X, and return +1 for rows of X that are normal and -1 for the anomalous ones.
 
-        Each row is judged by a fit without it: -1 where `calibration_scores_` lies below `offset_`. ``fit(X).predict(X)`` would
-        not find the same: there each row is normal by its own kernel. Where `contamination` sets the threshold, rows
-        that left the fit have no kernel, both find the same, and -1 is exactly that share of the rows.
+        Each row is judged by its out-of-fold score: -1 where `calibration_scores_` lies below `offset_`.
+        ``fit(X).predict(X)`` would call nearly all rows normal, each by its own kernel. Where `contamination` sets the
+        threshold, both are the same, and -1 is exactly that share of the rows.
 
         Parameters
         ----------
@@ -293,6 +293,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Returns
         -------
         ndarray of shape (n_samples,), int64
+            +1 or -1.
         """
         return labels(self._margins(self._fit(X)))
 
