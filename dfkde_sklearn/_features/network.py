@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import ceil, floor
 from numbers import Integral
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
-from sklearn.utils import Tags, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._document import is_integer_from, is_list_of, is_number, is_one_of, is_positive, is_text, is_tuple_of
 from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
-from dfkde_sklearn._features.cache import check_cache, feature_matrix, numerics
+from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._features.layers import (
     LayersRead,
     check_layers,
@@ -32,10 +31,13 @@ from dfkde_sklearn._features.layers import (
     pooled,
     visit_layers,
 )
-from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
+from dfkde_sklearn._features.modules import NetworkModule
+from dfkde_sklearn._images import FULL_RANGE, Images
+
+CROPS = ("squash", "center", "border")
 
 
-class TimmFeatures(TransformerMixin, BaseEstimator):
+class TimmFeatures(FeatureExtractor):
     """Describe images by a pretrained network: pooled layers, or the pooled embedding.
 
     Each image is read, resized, cropped and normalised as the backbone's own configuration in timm says,
@@ -166,19 +168,34 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
     # The public path, which pickles and lists of trusted types name.
     __module__ = "dfkde_sklearn"
 
+    _fitted_attributes = {  # noqa: RUF012 (read by the base class)
+        "backbone_name_": is_text,
+        "seed_": lambda value: value is None or is_integer_from(0)(value),
+        "weights_hash_": is_text,
+        "input_size_": is_tuple_of(is_integer_from(1), 2),
+        "mean_": is_tuple_of(is_number, 3),
+        "std_": is_tuple_of(is_positive, 3),
+        "interpolation_": is_text,
+        "crop_mode_": is_one_of(*CROPS),
+        "crop_pct_": is_positive,
+        "layers_": is_list_of(is_text),
+        "layer_formats_": is_list_of(is_one_of("NC", "NCHW", "NHWC", "NLC", "NCL")),
+        "layer_prefix_tokens_": is_list_of(is_integer_from(0)),
+        "layer_widths_": is_list_of(is_integer_from(1)),
+        "activation_bytes_": is_integer_from(0),
+        "n_features_out_": is_integer_from(1),
+    }
+
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's protocol)
+        **FeatureExtractor._parameter_constraints,
         "backbone": [str, nn.Module],
         "layers": [str, list, tuple, None],
         "pooling": [StrOptions({"avg", "max", "gem"})],
+        "crop": [StrOptions(set(CROPS))],
         "pretrained": ["boolean"],
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
-        "white_level": [Interval(Integral, 1, FULL_RANGE, closed="both")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "cache": ["boolean", str, os.PathLike, None],
-        "device": [str, torch.device, None],
         "random_state": ["random_state"],
-        "verbose": ["verbose"],
     }
 
     def __init__(
@@ -187,6 +204,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         *,
         layers: str | Sequence[str] | None = None,
         pooling: Literal["avg", "max", "gem"] = "avg",
+        crop: Literal["squash", "center", "border"] = "squash",
         pretrained: bool = True,
         weights: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
@@ -200,6 +218,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.backbone = backbone
         self.layers = layers
         self.pooling = pooling
+        self.crop = crop
         self.pretrained = pretrained
         self.weights = weights
         self.image_size = image_size
@@ -209,78 +228,6 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
-
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any = None) -> Self:
-        """Load the backbone and find out what its layers return; nothing is learnt from the images.
-
-        Parameters
-        ----------
-        X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        TimmFeatures
-            The fitted transformer.
-
-        Raises
-        ------
-        ValueError
-            If the backbone, a layer, the weights or the images are not what is allowed.
-        OSError
-            If pretrained weights are not on this machine and cannot be downloaded, or the cache cannot be
-            written to.
-        """
-        self._fit(X)
-        return self
-
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
-        """Do what `fit` and then `transform` do, and look at the network's weights once.
-
-        Parameters
-        ----------
-        X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        ndarray of shape (n_images, `n_features_out_`), float32
-            A row for each image, in their order.
-        """
-        images = as_images(X, self.white_level)
-        features = self._described(images, self._fit(images))
-        images.warn_of_white_level()
-        return features
-
-    def transform(self, X: Any) -> np.ndarray:
-        """Return the features of the images.
-
-        Parameters
-        ----------
-        X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
-
-        Returns
-        -------
-        ndarray of shape (n_images, `n_features_out_`), float32
-            A row for each image, in their order.
-
-        Raises
-        ------
-        ValueError
-            If an image cannot be read, its features are not finite, or the backbone's weights are not those
-            of ``fit``.
-        OSError
-            If the backbone's weights have to be loaded again and are not to be had.
-        """
-        check_is_fitted(self, "n_features_out_")
-        return self._described(X)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return names such as "layer1_0", or "embedding_0" for the pooled embedding.
@@ -299,10 +246,70 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         layers = zip(self.layers_ or ["embedding"], self.layer_widths_, strict=True)
         return np.array([f"{name}_{i}" for name, width in layers for i in range(width)], dtype=object)
 
-    def _fit(self, X: Any) -> str:
-        """Fit, and return the fingerprint of the backbone."""
-        as_images(X)
-        check_cache(self.cache)
+    def as_module(self) -> NetworkModule:
+        """Return the fitted extractor as a torch module, with a copy of the network."""
+        return NetworkModule(self)
+
+    def summary(self) -> str:
+        """Return the names of the backbone and of the layers, such as "resnet18.tv_in1k, layer2, layer3"."""
+        return ", ".join([self.backbone_name_, *self.layers_])
+
+    def image_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Return the function from a picture to what the network takes, (3, H, W)."""
+        return image_transform(self)
+
+    def check_weights(self, *, download: bool) -> None:
+        """Load the backbone, and check that it has the layers and the weights of ``fit``.
+
+        Parameters
+        ----------
+        download : bool
+            Whether weights may be downloaded.
+
+        Raises
+        ------
+        ValueError
+            If the weights are not those of ``fit``, or a layer is missing.
+        OSError
+            If they are not available.
+        """
+        with self._lent_backbone(download=download) as backbone:
+            current_hash = backbone.weights_hash
+            if self.layers_:
+                check_layers(self.layers_, backbone.network, self.backbone_name_)
+        if current_hash != self.weights_hash_:
+            raise ValueError(
+                f"The weights of backbone {self.backbone_name_!r} are not those that the detector was fitted with: "
+                f"SHA-256 {current_hash:.12}..., at the fit {self.weights_hash_:.12}.... Give those with weights=PATH, "
+                "or fit again."
+            )
+
+    @classmethod
+    def _network_parameters(
+        cls, document: Mapping[str, Any], backbone: nn.Module | None, weights: str | os.PathLike[str] | None
+    ) -> dict[str, Any]:
+        name = document["parameters"]["backbone"]
+        if (name is None) != isinstance(backbone, nn.Module):
+            raise ValueError(
+                f"The backbone is a module, {document['fitted']['backbone_name_']!r}: load(path, backbone=MODULE)."
+                if name is None
+                else f"The backbone is {name!r}, by name: load it without backbone=."
+            )
+        replaced: dict[str, Any] = {}
+        if backbone is not None:
+            replaced["backbone"] = backbone
+        if weights is not None:
+            replaced["weights"] = weights
+        return replaced
+
+    def _check_fitted(self) -> None:
+        n_layers = len(self.layers_) or 1
+        lists = (self.layer_formats_, self.layer_prefix_tokens_, self.layer_widths_)
+        if any(len(values) != n_layers for values in lists) or sum(self.layer_widths_) != self.n_features_out_:
+            raise ValueError("what TimmFeatures says of its layers is contradictory")
+        image_transform(self)
+
+    def _set_fitted(self) -> str:
         layers = [self.layers] if isinstance(self.layers, str) else list(self.layers or [])
         size = _height_and_width(self.image_size)
         if self.weights is not None and not isinstance(self.backbone, str):
@@ -318,7 +325,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.seed_ = int(check_random_state(self.random_state).randint(2**31 - 1)) if random else None
         with self._lent_backbone() as backbone:
             self.weights_hash_, fingerprint = backbone.weights_hash, backbone.fingerprint
-            config = _data_config(backbone.network, size)
+            config = _data_config(backbone.network, size, self.crop)
             self.input_size_ = config["input_size"][1:]
             self.mean_, self.std_ = config["mean"], config["std"]
             self.interpolation_, self.crop_mode_ = config["interpolation"], config["crop_mode"]
@@ -340,15 +347,8 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         self.n_features_out_ = sum(self.layer_widths_)
         return fingerprint
 
-    def _described(self, X: Any, fingerprint: str | None = None) -> np.ndarray:
-        """Return the features of the images; the fingerprint of the backbone need not be taken where it is given."""
-        return feature_matrix(
-            as_images(X, self.white_level),
-            self.layer_widths_,
-            partial(self._recipes, fingerprint),
-            self._computed,
-            self.cache,
-        )
+    def _block_widths(self) -> list[int]:
+        return self.layer_widths_
 
     @contextmanager
     def _lent_backbone(self, *, download: bool = True) -> Iterator[Backbone]:
@@ -373,12 +373,9 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
                 )
             yield backbone
 
-    def _computed(self, images: Images, blocks: list[int]) -> Generator[np.ndarray, None, None]:
-        """Yield the features of the images, of the layers at these positions, batch by batch."""
+    def _computed(self, images: Images, blocks: list[int]) -> Generator[NDArray[np.float32], None, None]:
         start = 0
-        batches = image_batches(
-            images, image_transform(self), self.batch_size, verbose=bool(self.verbose), description=self.backbone_name_
-        )
+        batches = self._batches(images, self.backbone_name_)
         with self._fitted_backbone() as backbone:
             for batch in batches:
                 rows = self._rows(backbone.network, batch, blocks).cpu().numpy()
@@ -391,8 +388,7 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
                 yield rows
                 start += len(rows)
 
-    def _recipes(self, fingerprint: str | None = None) -> list[str]:
-        """Return, for each layer, all that decides its features beside the image."""
+    def _block_recipes(self, fingerprint: str | None) -> list[dict[str, Any]]:
         import timm
 
         if fingerprint is None:
@@ -401,16 +397,14 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         of_all = {
             "network": fingerprint,
             "timm": timm.__version__,
-            "numerics": numerics(as_device(self.device)),
             "pooling": self.pooling,
             "size": self.input_size_,
             "mean": self.mean_,
             "std": self.std_,
             "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_],
-            "white_level": int(self.white_level),
         }
         layers = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
-        return [json.dumps(of_all | {"layer": layer}, default=str) for layer in layers]
+        return [of_all | {"layer": name, "format": axes, "prefix_tokens": n} for name, axes, n in layers]
 
     def _rows(self, network: nn.Module, batch: Tensor, blocks: list[int] | None = None) -> Tensor:
         """Return the features (n, n_features) of transformed images (n, 3, H, W): of all layers, or of these."""
@@ -443,12 +437,6 @@ class TimmFeatures(TransformerMixin, BaseEstimator):
         twin = super(TimmFeatures, nameless).__sklearn_clone__()
         twin.backbone = self.backbone
         return twin
-
-    def __sklearn_tags__(self) -> Tags:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.two_d_array = False
-        tags.no_validation = True
-        return tags
 
 
 # Resized so that the shorter side fits, an image whose longer side would be more than this many times that of the crop
@@ -520,8 +508,8 @@ def timm_transform(extractor: TimmFeatures) -> Any:
     )
 
 
-def _data_config(network: nn.Module, size: tuple[int, int] | None) -> dict[str, Any]:
-    """Return what timm says on the images that a network takes."""
+def _data_config(network: nn.Module, size: tuple[int, int] | None, crop: str) -> dict[str, Any]:
+    """Return how images become what a network takes: by its configuration in timm, except for the crop."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(network, args={"input_size": (3, *size)} if size else None)
@@ -530,7 +518,13 @@ def _data_config(network: nn.Module, size: tuple[int, int] | None) -> dict[str, 
             f"backbone: its configuration says images of {config['input_size'][0]} channels, and images are"
             " read as RGB. Use a backbone with in_chans=3."
         )
-    return config | {key: tuple(map(float, config[key])) for key in ("mean", "std")}
+    return config | {
+        "mean": tuple(map(float, config["mean"])),
+        "std": tuple(map(float, config["std"])),
+        "crop_mode": crop,
+        # Of images that are shown whole nothing is cut off.
+        "crop_pct": config["crop_pct"] if crop == "center" else 1.0,
+    }
 
 
 def _height_and_width(image_size: Any) -> tuple[int, int] | None:
