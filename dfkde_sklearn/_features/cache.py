@@ -1,8 +1,8 @@
-"""The feature cache: what was computed of an image once is read, not computed again.
+"""The feature cache: features that were computed before are read instead.
 
-Feature extractors describe images through `feature_matrix` and nothing else here. A row of the cache is a block of columns
-(a layer) of one image. Its key is the hash of the image's content and of the block's recipe, which is all else that
-decides the values.
+Feature extractors use `feature_matrix`, `check_cache` and `numerics`. A row of the cache is a block of columns (a
+layer) of one image. Its key is a hash of the image's content and of the block's recipe, which is all else that
+determines the values.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from dfkde_sklearn._features.cache_stores import FILE_NAME, MEMORY, CacheSize, F
 from dfkde_sklearn._images import Images
 
 Cache = bool | str | os.PathLike[str] | None
-# What is computed: for some images and the positions of some blocks, batches of rows in the order of the images.
+# From images and the positions of blocks to batches of rows, in the order of the images.
 Compute = Callable[[Images, list[int]], Generator[NDArray[np.float32], None, None]]
 
-# Images looked up at once.
+# Number of images that are looked up at once.
 CHUNK = 256
 
 
 def cache_size(cache: bool | str | os.PathLike[str] = True) -> CacheSize:
-    """Return how much a feature cache holds.
+    """Return the size of a feature cache.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def cache_size(cache: bool | str | os.PathLike[str] = True) -> CacheSize:
 def clear_cache(cache: bool | str | os.PathLike[str] = True) -> None:
     """Empty a feature cache.
 
-    Other processes may use it at the same time: they compute anew what they do not find.
+    Other processes may use it at the same time: they compute missing features again.
 
     Parameters
     ----------
@@ -94,14 +94,14 @@ def clear_cache(cache: bool | str | os.PathLike[str] = True) -> None:
 
     See Also
     --------
-    cache_size : How much there is.
+    cache_size : Its size.
     """
     with _existing(cache) as store:
         store.clear()
 
 
 def check_cache(cache: Cache) -> None:
-    """Raise the error that `feature_matrix` would, before anything is computed.
+    """Raise the error that `feature_matrix` would raise, before anything is computed.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def check_cache(cache: Cache) -> None:
 def feature_matrix(
     images: Images, widths: Sequence[int], recipes: Callable[[], Sequence[str]], compute: Compute, cache: Cache
 ) -> NDArray[np.float32]:
-    """Return the features of the images, from the cache where they are there, and computed where not.
+    """Return the features of the images: those in the cache are read, the others computed.
 
     Parameters
     ----------
@@ -132,10 +132,10 @@ def feature_matrix(
     widths : sequence of int
         Number of columns of each block.
     recipes : callable
-        Returns, for each block, all that decides its values beside the image. Called only with a cache.
+        Returns, for each block, all that determines its values except the image. Called only with a cache.
     compute : callable
         ``compute(images, blocks)`` yields batches of rows, float32, the columns of these blocks side by side. It is
-        called at most once, for the images and the blocks of which anything is missing, equal images counted once.
+        called at most once, for the images and the blocks with anything missing; of equal images for the first only.
     cache : bool, str, PathLike or None
         None or False computes everything; True keeps features in the memory of this process, up to
         `MEMORY_BYTES`; a folder keeps them there.
@@ -143,8 +143,7 @@ def feature_matrix(
     Returns
     -------
     ndarray of shape (n_images, sum of widths), float32
-        A row for each image. Computed batch by batch, each of which is kept at once: an error or a killed process
-        loses one batch.
+        A row for each image. Each batch is kept as soon as it is computed: an error or a killed process loses one.
 
     Raises
     ------
@@ -155,7 +154,7 @@ def feature_matrix(
     """
     edges = np.cumsum([0, *widths])
     features = np.empty((len(images), edges[-1]), np.float32)
-    # Closed at once, not when an error's traceback goes: a borrowed network waits to be given back.
+    # Closed at once, not when the traceback of an error is deleted: a user's network has to be given back.
     if not _is_used(cache):
         start = 0
         with closing(compute(images, list(range(len(widths))))) as batches:
@@ -171,7 +170,7 @@ def feature_matrix(
         return hashlib.sha256(recipe_digests[block] + digests[i]).digest()
 
     with _opened(cache) as store:
-        # Equal images together, those that lack a block.
+        # The indices of images that lack a block, equal images together.
         incomplete: dict[bytes, list[int]] = {}
         lacking: set[int] = set()
         for start in range(0, len(images), CHUNK):
@@ -203,7 +202,7 @@ def feature_matrix(
                         )
                     parts = np.split(row, inner)
                     computed.update((key(i, block), part) for block, part in zip(blocks, parts, strict=True))
-                # Not what was computed: another process may have been first, in another batch, rounded differently.
+                # Use what the cache holds now: another process may have been first, and its batch rounded differently.
                 kept = computed | dict(store.put(computed))
                 for i in in_batch:
                     for block in blocks:
@@ -213,7 +212,7 @@ def feature_matrix(
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """Return what decides the last digits of a feature beside its definition: for recipes.
+    """Return what determines the rounding of a feature, for recipes.
 
     Parameters
     ----------
@@ -242,7 +241,7 @@ def _is_used(cache: Cache) -> bool:
 
 
 class _Chosen(Images):
-    """Some of the images, with the names that they have among all."""
+    """A selection of images that keeps their names."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self._images, self._indices = images, indices

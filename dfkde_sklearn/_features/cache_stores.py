@@ -22,18 +22,18 @@ Answer = TypeVar("Answer")
 Row = NDArray[np.float32]
 Rows = Mapping[bytes, Row]
 
-# The most that ``cache=True`` holds in memory, for all extractors of a process; what was not read for longest goes first.
+# Maximum size of the cache in memory, for all extractors of a process; the least recently read rows go first.
 MEMORY_BYTES = 2**30
-# A dictionary entry, its key and the array's header.
+# Size of a dictionary entry, its key and the array's header.
 ENTRY_BYTES = 300
 
 FILE_NAME = "features.sqlite3"
-# "DFKD": tells our files from those of other programs.
+# "DFKD" in ASCII: marks files of this package.
 APPLICATION = 0x44464B44
 FORMAT = 1
 # Seconds to wait for other processes before going on without the cache.
 PATIENCE = 10.0
-# Images looked up at once, and keys in a query: SQLite has a bound on the latter.
+# Keys in a query, whose number SQLite limits.
 CHUNK = 256
 
 
@@ -53,13 +53,13 @@ class CacheSize(NamedTuple):
 
 
 class Store(Protocol):
-    """Rows by key. A row once put under a key stays, until it is cleared or, in memory, makes room."""
+    """Rows by key. The first row under a key stays until the store is cleared or, in memory, is full."""
 
     def get(self, keys: Collection[bytes]) -> Rows:
-        """Return the rows that are there."""
+        """Return the rows of those keys that are present."""
 
     def put(self, rows: Rows) -> Rows:
-        """Keep rows where there are none, and return what is there under these keys."""
+        """Keep the rows of new keys, and return the rows that are now under these keys."""
 
     def size(self) -> CacheSize: ...
 
@@ -85,7 +85,7 @@ class MemoryStore:
         with self._lock:
             for key, row in rows.items():
                 if key not in self._rows:
-                    # A copy: the row is a view of its batch, and would keep all of it.
+                    # A copy, since the row is a view and would keep its whole batch in memory.
                     self._rows[key] = row.copy()
                     self._n_bytes += row.nbytes + ENTRY_BYTES
             kept = {key: self._rows[key] for key in rows}
@@ -109,8 +109,8 @@ MEMORY = MemoryStore()
 class FolderStore:
     """Rows in an SQLite file in a folder, for any number of processes of one machine.
 
-    Nothing that happens to the file makes a result wrong or loses it: each row has a checksum, and where the file
-    cannot be read or written, a warning says so and the features are computed.
+    Each row has a checksum. If the file cannot be read or written, a warning says so and features are computed: damage
+    to the file never makes a result wrong or unavailable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class FolderStore:
         _check_writable(folder, self._file)
 
     def get(self, keys: Collection[bytes]) -> Rows:
-        return self._asked(lambda connection: self._read(connection, list(keys)), {})
+        return self._query(lambda connection: self._read(connection, list(keys)), {})
 
     def put(self, rows: Rows) -> Rows:
         def write(connection: sqlite3.Connection) -> Rows:
@@ -130,13 +130,13 @@ class FolderStore:
                 connection.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", sealed)
             return self._read(connection, list(rows))
 
-        return self._asked(write, {})
+        return self._query(write, {})
 
     def size(self) -> CacheSize:
         def count(connection: sqlite3.Connection) -> int:
             return int(connection.execute("SELECT count(*) FROM features").fetchone()[0])
 
-        n_rows = self._asked(count, 0)
+        n_rows = self._query(count, 0)
         files = [self._file, *self._beside()]
         return CacheSize(n_rows, sum(file.stat().st_size for file in files if file.exists()))
 
@@ -152,13 +152,13 @@ class FolderStore:
             if _is_damage(error):
                 self._set_aside(error)
             elif _primary_code(error) in _NO_SPACE and self._has_our_header():
-                # Even to delete rows SQLite has to write; other processes go on with what they have open.
+                # SQLite has to write even to delete rows. Other processes go on with the file that they have open.
                 self._remove()
             else:
                 raise OSError(
                     f"{self._file} cannot be emptied: {error}. Where no process uses it, delete the folder."
                 ) from error
-            # An empty cache in its place, as everywhere else.
+            # Make the new, empty file.
             self.get([])
 
     def close(self) -> None:
@@ -167,10 +167,10 @@ class FolderStore:
                 self._connection.close()
             self._connection = None
 
-    def _asked(self, question: Callable[[sqlite3.Connection], Answer], otherwise: Answer) -> Answer:
-        """Return the answer of the file, or, with a warning, `otherwise` where it cannot be had."""
+    def _query(self, question: Callable[[sqlite3.Connection], Answer], default: Answer) -> Answer:
+        """Return the answer of the file; if it cannot be used, warn and return `default`."""
         if not self._usable:
-            return otherwise
+            return default
         try:
             if self._connection is None:
                 self._connection = self._connected()
@@ -181,15 +181,15 @@ class FolderStore:
                 self._set_aside(error)
             else:
                 self._give_up(error)
-            return otherwise
+            return default
 
     def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._file, timeout=PATIENCE, isolation_level=None)
-        # A damaged row may say that it is text, and need not be any.
+        # A damaged row may claim to be text that does not decode.
         connection.text_factory = bytes
         try:
             self._identity = _identity(self._file)
-            # In one transaction: another process may just be making the file.
+            # In one transaction, since another process may be creating the file.
             connection.execute("BEGIN")
             application, version, n_tables = (
                 int(connection.execute(query).fetchone()[0])
@@ -209,7 +209,7 @@ class FolderStore:
                 # Readers and a writer then do not wait for each other.
                 connection.execute("PRAGMA journal_mode = WAL")
             except sqlite3.OperationalError as error:
-                # Another process is at it; the next connection will find it done.
+                # Another process is switching; the next connection will benefit.
                 if _primary_code(error) != sqlite3.SQLITE_BUSY:
                     raise
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -237,7 +237,7 @@ class FolderStore:
         if damaged:
             warnings.warn(
                 f"The feature cache {self._file}: {len(damaged)} of {len(keys)} entries asked for are damaged. They "
-                "are computed again. Look after the disk.",
+                "are computed again. Check the disk.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -246,7 +246,7 @@ class FolderStore:
         return rows
 
     def _set_aside(self, error: Exception) -> None:
-        """Rename a damaged file, so that the next question makes a new one; unless another process has done so."""
+        """Rename a damaged file, unless another process has done so; the next query creates a new one."""
         aside = self._file.with_name(f"{FILE_NAME}.damaged-{time.time_ns()}")
         try:
             if _identity(self._file) != self._identity:
@@ -272,7 +272,7 @@ class FolderStore:
         )
 
     def _has_our_header(self) -> bool:
-        """Return whether the file says that it is ours, where SQLite cannot be asked."""
+        """Return whether the header marks the file as ours, without SQLite."""
         with self._file.open("rb") as file:
             return file.read(72)[68:] == APPLICATION.to_bytes(4, "big")
 
@@ -281,7 +281,7 @@ class FolderStore:
         self._file.unlink(missing_ok=True)
 
     def _remove_beside(self) -> None:
-        """Remove what SQLite would apply to a new file of that name; so before the file goes."""
+        """Remove SQLite's log and index, before the file itself: SQLite would apply them to a new file of that name."""
         for file in self._beside():
             file.unlink(missing_ok=True)
 
@@ -309,16 +309,16 @@ def _identity(file: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-# What SQLite says where there is no room for its log, nor for the index of that.
+# SQLite's codes when there is no space for its log or the index of the log.
 _NO_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
-# What it says of a damaged file: SQLITE_ERROR where the schema is no longer that for which our statements are written,
-# SQLITE_READONLY where its header says so (permissions were looked at before).
+# Its codes for a damaged file: SQLITE_ERROR if the schema is not the one that our statements expect, SQLITE_READONLY if
+# the header says so (permissions were checked before).
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_READONLY)
 
 
 def _is_damage(error: Exception) -> bool:
-    """Return whether the file itself is at fault, and not the disk, a lock or a permission."""
-    # Messages quote the schema, and sqlite3 fails to decode a quotation that is damaged.
+    """Return whether the file is damaged, as opposed to a fault of the disk, a lock or a permission."""
+    # A message quotes the schema, and sqlite3 cannot decode a damaged quotation.
     return isinstance(error, UnicodeDecodeError) or _primary_code(error) in _DAMAGE
 
 
@@ -339,7 +339,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _checksum(key: bytes, values: bytes) -> bytes:
-    # With the key, so that a row in another's place is found out too.
+    # Includes the key, so that a row under the wrong key is detected too.
     return zlib.crc32(values, zlib.crc32(key)).to_bytes(4, "little")
 
 
@@ -349,7 +349,7 @@ def _sealed(key: bytes, row: Row) -> bytes:
 
 
 def _unsealed(key: Any, sealed: Any) -> Row | None:
-    """Return the row, or None where it is not what was written."""
+    """Return the row, or None if it is damaged."""
     if (
         not isinstance(key, bytes)
         or not isinstance(sealed, bytes)

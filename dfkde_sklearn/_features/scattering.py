@@ -1,4 +1,4 @@
-"""Images to a feature matrix through fixed filters: log scattering coefficients, with nothing to download."""
+"""ScatteringFeatures: images to feature rows by fixed wavelets, with nothing to download."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ ROUNDING = 1 / 255 / np.sqrt(12)
 
 
 class ScatteringFeatures(FeatureExtractor):
-    """Describe images by log scattering coefficients: fixed wavelets, nothing to train or to download.
+    """Features of images from fixed wavelets: log scattering coefficients, nothing to train or to download.
 
     A scattering transform [1]_ is a small convolutional network whose filters are Morlet wavelets of several
-    scales and orientations and whose non-linearity is the complex modulus. A map of the first order, the modulus
-    of the image after one wavelet, shows where there is structure of one scale and orientation; a map of the
-    second order, a first one that went through a coarser wavelet and the modulus once more, how that structure
-    is arranged. The features are the mean, the standard deviation and the maximum of every map, on a logarithmic
-    scale.
+    scales and orientations and whose non-linearity is the complex modulus. A map of the first order is the modulus
+    of the image after one wavelet: it shows where there is structure of one scale and orientation. A map of the
+    second order is the modulus of a first-order map after a coarser wavelet: it shows how that structure is arranged.
+    The features are the mean, the standard deviation and the maximum of every map, on a logarithmic scale.
 
     Parameters
     ----------
@@ -45,23 +44,22 @@ class ScatteringFeatures(FeatureExtractor):
         pixels. With 1 there is no second order.
     orientations : int, default=8
         Number of orientations: the waves of orientation k run at k * 180 / `orientations` degrees, clockwise
-        from the horizontal. Orientation 0 answers to vertical lines.
+        from the horizontal. Orientation 0 responds to vertical lines.
     image_size : int, default=128
         Height and width in pixels that every image is resized to: a multiple of 2**`scales`, and at least
         twice that.
     white_level : int, default=65535
-        The value of 16-bit samples that is white, as all above it is: 4095 for files of 16 bits that hold the 12 bits
-        of a camera, 1023 for 10 bits. Other samples are as they are. ``fit_transform``, and so the ``fit`` of a
-        detector, warns where no value of the 16-bit images that it reads comes near it.
+        The 16-bit value that becomes white, as do all above it: 4095 for files that hold the 12 bits of a camera,
+        1023 for 10 bits. Other samples are not affected. ``fit_transform``, and so the ``fit`` of a detector, warns
+        if no value in the 16-bit images comes near the white level.
     batch_size : int, default=32
-        Images that are transformed at once. Does not change the result.
+        Number of images that are transformed at once. Does not change the result.
     cache : bool, str, PathLike or None, default=None
-        Whether to keep features and read those that are there. True: in the memory of this process, up to 1 GiB,
-        for all feature extractors. A path: in this folder, for any number of processes of this machine, until
-        :func:`clear_cache`. They are found by the content of the image, the parameters and the versions of the
-        libraries.
+        Whether to keep features and to reuse them. True: in the memory of this process, up to 1 GiB for all feature
+        extractors. A path: in this folder, for any number of processes of this machine, until :func:`clear_cache`.
+        The key of a feature is the content of the image, the parameters and the versions of the libraries.
     device : str, torch.device or None, default=None
-        Where the filters run. None is the first CUDA GPU where there is one, else the CPU.
+        Where the filters run. None is the first CUDA GPU if there is one, else the CPU.
     verbose : bool, default=False
         Whether to show a progress bar.
 
@@ -73,24 +71,23 @@ class ScatteringFeatures(FeatureExtractor):
 
     See Also
     --------
-    TimmFeatures : Describe images by a pretrained network, which tells more where its weights are to be had.
+    TimmFeatures : Features from a pretrained network, often better where its weights are available.
 
     Notes
     -----
-    Colour is read as grey (ITU-R 601-2 luma), and the image is resized with an antialiasing Lanczos filter,
-    its proportions not kept: a crop would not see all of the image.
+    Colour is converted to grey (ITU-R 601-2 luma). The image is resized with an antialiasing Lanczos filter, without
+    keeping its proportions: a crop would lose the edges.
 
-    The image is continued beyond its borders by reflection, 2**`scales` pixels wide, and the statistics are
-    taken inside of them. Without that, left meets right and top meets bottom, and the step between them
-    outshines what there is to see.
+    The image is continued by reflection, 2**`scales` pixels wide, and the statistics leave that border out. Without it
+    the transform would be periodic, and the step between opposite edges would dominate the maps.
 
-    A coefficient c becomes log(1 + c / e), e being what the last wavelet on the way to it makes, root mean
-    square, of the rounding to 8 bits: a change of contrast shifts a feature by a constant, as the logarithm
-    does, down to where 8 bits end. An image of one colour has features of zero.
+    A coefficient c becomes log(1 + c / e), where e is the root mean square that rounding to 8 bits gives this
+    coefficient. A change of contrast then adds a constant to each feature, down to the contrast at which 8 bits end.
+    An image of one colour has features of zero.
 
-    The maps of coarse wavelets are computed on coarse grids. Next to all maps at full resolution that changes
-    means by 0.3 %, standard deviations by 0.7 % and maxima, which may lie between samples, by 6 %
-    (root mean square; ``benchmarks/scattering.py``), and the ranking of images by nothing to speak of.
+    The maps of coarse wavelets are computed on coarse grids. Compared with full resolution, that changes means by
+    0.3 %, standard deviations by 0.7 % and maxima, which may lie between samples, by 6 % (root mean square;
+    ``benchmarks/scattering.py``). It does not noticeably change the ranking of images.
 
     References
     ----------
@@ -144,7 +141,7 @@ class ScatteringFeatures(FeatureExtractor):
         self.verbose = verbose
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Return the names: order, scale and orientation of each wavelet on the way, statistic.
+        """Return the names of the features: order, scale and orientation of each wavelet of the path, statistic.
 
         Parameters
         ----------
@@ -205,7 +202,7 @@ class ScatteringFeatures(FeatureExtractor):
         return torch.log1p(coefficients / (ROUNDING * cascade.gains[:, None])).flatten(1)
 
     def _check_size(self) -> None:
-        """Raise a ValueError unless the filters fit into images of this size."""
+        """Raise a ValueError unless the filters fit the image size."""
         unit = 2**self.scales
         if self.image_size % unit or self.image_size < 2 * unit:
             raise ValueError(

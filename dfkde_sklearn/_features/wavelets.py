@@ -12,13 +12,14 @@ from torch import Tensor
 
 STATISTICS = ("mean", "std", "max")
 
-# The finest Morlet wavelet: radians a pixel, and pixels. Each coarser one is half and twice that.
+# Frequency and width of the finest Morlet wavelet, in radians a pixel and in pixels. From scale to scale the frequency
+# halves and the width doubles.
 FREQUENCY = 3 * np.pi / 4
 WIDTH = 0.8
-# A wavelet's spectrum is cut off this many standard deviations from its centre, and its map sampled no finer than
-# what is left needs. Means and standard deviations would bear fewer samples; the maximum decides. At three, a lone
-# peak in the middle of four samples is measured up to 24 % too low, and finer grids did not rank images better.
-REACH = 3.0
+# A wavelet's spectrum is cut off at this number of standard deviations from its centre, and its map is sampled as
+# finely as the remaining spectrum needs. The maximum needs the most samples. With 3, an isolated peak between four
+# samples is measured up to 24 % too low; finer grids did not rank images better.
+CUTOFF = 3.0
 
 
 def morlet_filters(size: int, scales: int, orientations: int) -> NDArray[np.float64]:
@@ -29,7 +30,7 @@ def morlet_filters(size: int, scales: int, orientations: int) -> NDArray[np.floa
     size : int
         Height and width of the images in pixels.
     scales, orientations : int
-        How many there are of each.
+        Number of each.
 
     Returns
     -------
@@ -37,7 +38,7 @@ def morlet_filters(size: int, scales: int, orientations: int) -> NDArray[np.floa
         Real, vertical frequency first, in the order of ``numpy.fft``; zero at frequency zero. Scaled so that the
         first-order maps of a real image have no more energy than the image.
     """
-    # Sampling in space adds up the spectrum's copies, one for each turn of the frequency circle.
+    # Sampling in space adds the copies of the spectrum that are a multiple of 2 pi apart.
     turns = 2 * np.pi * np.array([-1.0, 0.0, 1.0])
     frequency = turns[:, None] + 2 * np.pi * np.fft.fftfreq(size)
     vertical, horizontal = frequency[:, None, :, None], frequency[None, :, None, :]
@@ -57,12 +58,12 @@ def morlet_filters(size: int, scales: int, orientations: int) -> NDArray[np.floa
 
 
 def _slant(orientations: int) -> float:
-    """Return how much narrower than long a wavelet's spectrum is: orientations share the half circle."""
+    """Return the ratio of width to length of a wavelet, by which `orientations` cover the half circle."""
     return min(1.0, 4 / orientations)
 
 
 class Wavelet(NamedTuple):
-    """A wavelet on the window of frequencies that it passes, which is all that its map is computed from.
+    """A wavelet on the window of frequencies that it passes; its map is computed from these alone.
 
     Parameters
     ----------
@@ -85,9 +86,9 @@ class Cascade(NamedTuple):
     first : list of list of Wavelet
         For each scale, its orientations; all of one size.
     second : list of list of Wavelet
-        For each first scale, what its maps go through: coarser scales and, within each, orientations.
+        For each first scale, the wavelets applied to its maps: by coarser scale and, within each, orientation.
     gains : Tensor of shape (n_paths,)
-        For each path, what its last wavelet makes of white noise of variance 1: root mean square.
+        For each path, the root mean square of its last wavelet's response to white noise of variance 1.
     """
 
     first: list[list[Wavelet]]
@@ -112,22 +113,22 @@ def wavelet_cascade(size: int, scales: int, orientations: int) -> Cascade:
     size : int
         Height and width of the images in pixels: a multiple of 2**`scales`, and at least twice that.
     scales, orientations : int
-        How many there are of each.
+        Number of each.
 
     Returns
     -------
     Cascade
-        On the CPU; kept for the next call, so not to be written to.
+        On the CPU. It is kept for the next call and must not be written to.
     """
     filters = morlet_filters(size, scales, orientations)
     angles = np.pi * np.arange(orientations) / orientations
     unit = 2**scales
 
     def samples(scale: int, angle: float) -> int:
-        # How many for each 2**scales pixels along the horizontal: whole numbers, so that a border of so many
-        # pixels falls between two samples.
-        spread = np.hypot(np.cos(angle), np.sin(angle) * _slant(orientations)) / (WIDTH * 2**scale)
-        return min(unit, int(np.ceil(REACH * spread * unit / np.pi)))
+        # Number of samples for every 2**scales pixels along the horizontal: an integer, so that a border of
+        # 2**scales pixels ends between two samples.
+        std = np.hypot(np.cos(angle), np.sin(angle) * _slant(orientations)) / (WIDTH * 2**scale)
+        return min(unit, int(np.ceil(CUTOFF * std * unit / np.pi)))
 
     def wavelet(scale: int, orientation: int, counts: tuple[int, int], source_count: int) -> Wavelet:
         windows, factors = [], []
@@ -136,8 +137,8 @@ def wavelet_cascade(size: int, scales: int, orientations: int) -> Cascade:
             length = count * size // unit
             centre = round(FREQUENCY / 2**scale * direction * size / (2 * np.pi))
             window = np.r_[0 : centre - length // 2 + length, centre - length // 2 : 0]
-            # Samples stand in the middle of their cells on every grid, and an even window goes without its lowest
-            # frequency, which has no counterpart above: so a mirrored image is treated as the image is.
+            # Samples lie in the middle of their cells on every grid, and an even window omits its lowest frequency,
+            # which has no positive counterpart: so a mirrored image has mirrored maps.
             shift = np.exp(1j * np.pi * window * (unit / count - unit / source_count) / size)
             factors.append(shift * ((np.abs(window - centre) < length / 2) | (length == size)))
             windows.append(window)
@@ -145,7 +146,7 @@ def wavelet_cascade(size: int, scales: int, orientations: int) -> Cascade:
         stop, start = zip(*((window.max() + 1, window.min()) for window in windows), strict=True)
         return Wavelet(stop, start, torch.from_numpy(transfer).to(torch.complex64))
 
-    # The maps of the first order are stacked for the second and so share one size, that of the widest window.
+    # The first-order maps are stacked for the second order, so all have the size of the widest window.
     square = [samples(scale, 0.0) for scale in range(scales)]
     first = [
         [wavelet(scale, k, (square[scale], square[scale]), unit) for k in range(orientations)]
@@ -196,10 +197,10 @@ def scattering_coefficients(images: Tensor, cascade: Cascade, border: int) -> Te
 
 
 def _filtered(spectra: Tensor, wavelet: Wavelet) -> Tensor:
-    """Return the images with these spectra (..., h, w) after a wavelet: complex, on the wavelet's own grid."""
+    """Return images, given by their spectra (..., h, w), after a wavelet: complex, on the wavelet's grid."""
     window = spectra.new_empty(*spectra.shape[:-2], *wavelet.transfer.shape)
     (bottom, right), (top, left) = wavelet.stop, wavelet.start
-    # Frequencies land modulo the window's size, which turns the phase of what comes out and nothing else.
+    # Frequencies are taken modulo the size of the window, which only changes the phase of the result.
     for rows in slice(None, bottom), slice(top, None):
         for columns in slice(None, right), slice(left, None):
             corner = ..., rows, columns
@@ -208,12 +209,12 @@ def _filtered(spectra: Tensor, wavelet: Wavelet) -> Tensor:
 
 
 def _modulus(maps: Tensor) -> Tensor:
-    # torch's abs guards against overflow, far from grey levels, and takes as long as the Fourier transform.
+    # torch.abs takes as long as the Fourier transform, as it avoids an overflow that grey levels cannot cause.
     return torch.addcmul(maps.real.square(), maps.imag, maps.imag).sqrt_()
 
 
 def _inside(maps: Tensor, margin: float) -> Tensor:
-    """Return maps (..., h, w) without this share of their height and width at each edge."""
+    """Return maps (..., h, w) without the fraction `margin` of their height and width at each edge."""
     rows, columns = (round(margin * length) for length in maps.shape[-2:])
     return maps[..., rows : maps.shape[-2] - rows, columns : maps.shape[-1] - columns]
 
