@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfkde_sklearn import datasets
+    from dfkde_sklearn._calibration import Assessment
     from dfkde_sklearn._classifier import AnomalyClassifier
     from dfkde_sklearn._deploy.model import DfkdeModel
     from dfkde_sklearn._detector import DFKDEDetector
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnomalyClassifier",
+    "Assessment",
     "DFKDEDetector",
     "DfkdeModel",
     "ScatteringFeatures",
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "AnomalyClassifier": "_classifier",
+    "Assessment": "_calibration",
     "DFKDEDetector": "_detector",
     "DfkdeModel": "_deploy.model",
     "ScatteringFeatures": "_features.scattering",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
+from math import isclose
 from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -12,19 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import issparse
-from scipy.special import expit
 from sklearn import get_config
-from sklearn.base import BaseEstimator, OutlierMixin, _fit_context, clone
+from sklearn.base import BaseEstimator, _fit_context, clone
 from sklearn.utils import assert_all_finite, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from dfkde_sklearn._calibration import CalibratedOutlierMixin, labels, threshold_at_rate, threshold_between
 from dfkde_sklearn._density.fit import copies, fit
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 
 if TYPE_CHECKING:
+    from dfkde_sklearn._deploy.buffers import DensityBuffers
     from dfkde_sklearn._deploy.model import DfkdeModel
 
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
@@ -34,19 +38,19 @@ _ENTRIES = 2**20
 _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwidth", "kernel_centers")
 
 
-class DFKDEDetector(OutlierMixin, BaseEstimator):
+class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     """Deep feature kernel density estimation: find what does not look like the normal training data.
 
-    Images are described by a feature extractor, the descriptions are reduced to their principal components, and a Gaussian
-    kernel density of the normal training rows tells how probable a new row is. The threshold is set from scores of
-    training rows by fits that did not see them, so that the false-alarm rate asked for holds on new data.
+    A feature extractor turns images into feature rows, these are reduced to their principal components, and a Gaussian
+    kernel density of the normal training rows scores new rows. The threshold comes from out-of-fold scores of the
+    training rows, so that the requested false-alarm rate holds on new data.
 
     Parameters
     ----------
     features : "auto", transformer or None, default="auto"
-        The feature extractor. "auto" takes a two-dimensional numeric X for the feature matrix and anything else for images,
-        described by :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must
-        be a feature matrix.
+        The feature extractor. With "auto", a two-dimensional numeric X is the feature matrix and anything else is
+        images, for :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must be a
+        feature matrix.
     n_components : int, float or "auto", default=16
         Principal components to keep: at most this many, or, in (0, 1), the fewest that hold this share of the variance.
         "auto" keeps those that hold for new rows, as a rule more than 16, and finds more defects: see Notes.
@@ -251,7 +255,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         -------
         ndarray of shape (n_samples,), int64
         """
-        return self._labels(self._fit(X))
+        return labels(self._margins(self._fit(X)))
 
     def _fit(self, X: Any) -> NDArray[np.floating]:
         """Fit, and return the scores (n,) of the training rows that the threshold parts."""
@@ -294,88 +298,17 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             table, groups.numpy(), drawn, training.calibration_scores.cpu().numpy()
         )
         self.classes_ = np.array([-1, 1])
-        if self.contamination == "auto" or self.threshold_offset != "auto":
-            self.offset_ = self._threshold()
+        if self.threshold_offset != "auto":
+            self.offset_ = float(self.threshold_offset)
             return self.calibration_scores_
-        fitted_scores = self._scores(table)
-        self.offset_ = self._threshold_between(fitted_scores)
-        return fitted_scores
-
-    def predict(self, X: Any) -> NDArray[np.int64]:
-        """Return +1 for normal and -1 for anomalous rows.
-
-        For new rows, and not for those of the fit: each of these has a kernel of its own, by which it is normal.
-        :meth:`fit_predict` finds the anomalous ones among them.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features) or images
-            As in `fit`.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,), int64
-            +1 where `decision_function` is 0 or more, else -1.
-        """
-        return self._labels(self.score_samples(X))
-
-    def predict_proba(self, X: Any) -> NDArray[np.floating]:
-        """Return the probabilities of being anomalous and normal.
-
-        A logistic curve in the log density, of slope `threshold_steepness`, one half at `offset_`.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features) or images
-            As in `fit`.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, 2), dtype of the features
-            Columns in the order of `classes_`: ``[:, 0]`` is P(anomalous).
-        """
-        with np.errstate(over="ignore"):  # infinite odds are a probability of 1
-            odds = self.threshold_steepness * self.decision_function(X)
-        return np.column_stack([expit(-odds), expit(odds)])
-
-    def p_values(self, X: Any) -> NDArray[np.float64]:
-        """Return the conformal p-value of each row under the hypothesis that it is normal.
-
-        ``(1 + number of calibration_scores_ <= score) / (1 + n_samples)``: a new normal row has a p-value of at most p with
-        probability p [1]_, as far as it comes from where the training rows came from.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features) or images
-            As in `fit`.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,), float64
-            From 1 / (1 + n_samples), anomalous, to 1, normal.
-
-        References
-        ----------
-        .. [1] Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world, doi:10.1007/b106715
-        """
-        scores = self.score_samples(X)
-        not_above = np.searchsorted(np.sort(self.calibration_scores_), scores, side="right")
-        return (1.0 + not_above.astype(np.float64)) / (1.0 + len(self.calibration_scores_))
-
-    def decision_function(self, X: Any) -> NDArray[np.floating]:
-        """Return the log density less the threshold: negative is anomalous.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features) or images
-            As in `fit`.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,), dtype of the features
-            Nats; higher is more normal.
-        """
-        return self._decisions(self.score_samples(X))
+        if self.contamination == "auto":
+            self.offset_ = threshold_at_rate(self.calibration_scores_, self.target_fpr)
+            return self.calibration_scores_
+        training_scores = self._scores(table)
+        n_anomalous = n_leaving(float(self.contamination), len(table))
+        preferred = threshold_at_rate(self.calibration_scores_, self.contamination)
+        self.offset_ = threshold_between(training_scores, n_anomalous, preferred)
+        return training_scores
 
     def score_samples(self, X: Any) -> NDArray[np.floating]:
         """Return the log density of each row.
@@ -441,9 +374,10 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             If the detector is not fitted.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._deploy.model import model_of
+        from dfkde_sklearn._deploy.model import extractor_module, fitted_model
 
-        return model_of(self)
+        n_components = self.n_components_ if self.n_components == "auto" else self.n_components
+        return fitted_model(self._buffers(), extractor_module(self.features_), n_components, self.max_samples)
 
     @classmethod
     def from_torch(cls, model: DfkdeModel) -> Self:
@@ -467,9 +401,32 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         ValueError
             If it is not fitted.
         """
-        from dfkde_sklearn._deploy.model import detector_of
+        from dfkde_sklearn._deploy.model import DfkdeModel
 
-        return detector_of(model, cls)
+        if not isinstance(model, DfkdeModel):
+            raise TypeError(
+                f"A DfkdeModel is needed, not {type(model).__name__}. For weights: DfkdeModel.from_anomalib."
+            )
+        buffers = model.density
+        if not buffers.is_fitted:
+            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+        bandwidth, scott = float(buffers.bandwidth), scott_bandwidth(*buffers.kernel_centers.shape)
+        residual: Literal["gaussian", "box"] | None = None
+        if len(buffers.residual):
+            residual = "gaussian" if torch.equal(buffers.residual, buffers.gaussian_residual) else "box"
+        extractor = None if model.feature_extractor is None else model.feature_extractor.as_extractor()
+        detector = cls(
+            extractor,
+            n_components=model.n_components,
+            scaling=model.pre_processing,
+            bandwidth="scott" if isclose(bandwidth, scott, rel_tol=1e-12) else bandwidth,
+            residual=residual,
+            max_samples=model.filter_count or None,
+            threshold_steepness=model.threshold_steepness,
+            threshold_offset=model.threshold_offset,
+        )
+        detector._take(buffers, extractor)
+        return detector
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the fitted detector to a file that later versions read, and that holds no code.
@@ -625,37 +582,6 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         of_all[again] = scores[first[np.searchsorted(seen, groups[again])]]
         return of_all
 
-    def _threshold(self) -> float:
-        if self.threshold_offset != "auto":
-            return float(self.threshold_offset)
-        share = self.target_fpr if self.contamination == "auto" else self.contamination
-        # Of the estimates of a quantile the one that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
-        return float(np.quantile(self.calibration_scores_.astype(np.float64), share, method="median_unbiased"))
-
-    def _threshold_between(self, fitted_scores: NDArray[np.floating]) -> float:
-        """Return the threshold above the rows that are to be flagged and below the others, as the fit scores them.
-
-        By more than the rounding of a score, which may differ between batches.
-        """
-        quantile = self._threshold()
-        n_anomalous = n_leaving(float(self.contamination), len(fitted_scores))
-        fitted_scores = np.sort(fitted_scores.astype(np.float64))
-        first_normal = float(fitted_scores[n_anomalous])
-        last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)
-        rounding = 16 * float(np.finfo(self.calibration_scores_.dtype).eps) * max(1.0, abs(last), abs(first_normal))
-        if first_normal - last <= rounding:
-            return first_normal - rounding  # a tie: rows of one score are of one kind
-        margin = min(256 * rounding, (first_normal - last) / 2)
-        return min(max(quantile, last + margin), first_normal - margin)
-
-    def _labels(self, scores: NDArray[np.floating]) -> NDArray[np.int64]:
-        # Asked so that NaN is not normal.
-        return np.where(self._decisions(scores) >= 0, 1, -1)
-
-    def _decisions(self, scores: NDArray[np.floating]) -> NDArray[np.floating]:
-        # In float64, since a threshold rounded to float32 may fall on the wrong side of a score.
-        return (scores.astype(np.float64) - self.offset_).astype(scores.dtype)
-
     def _keep(self, fitted: FeatureDensity) -> None:
         """Set the fitted attributes that come from the density, as NumPy arrays and plain numbers."""
         for name, value in fitted.state().items():
@@ -669,6 +595,27 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             name: _tensor(value, device) if isinstance(value, np.ndarray) else value for name, value in kept.items()
         }
         return FeatureDensity.from_state(state, dtype)
+
+    def _buffers(self) -> DensityBuffers:
+        """Return the fitted state as buffers of a torch module, on the CPU."""
+        from dfkde_sklearn._deploy.buffers import DensityBuffers
+
+        dtype = torch.float32 if self.kernel_centers_.dtype == np.float32 else torch.float64
+        buffers = DensityBuffers(self.scaling, float(self.threshold_steepness), float(self.offset_))
+        # A copy, since arrays out of a memory map cannot be written to, of which torch warns.
+        scores = torch.from_numpy(np.array(self.calibration_scores_))
+        buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
+        return buffers
+
+    def _take(self, buffers: DensityBuffers, extractor: Any) -> None:
+        """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""
+        buffers = copy.deepcopy(buffers)  # the arrays share the memory of the tensors
+        self._keep(buffers.fitted(buffers.kernel_centers.dtype))
+        self.calibration_scores_ = buffers.calibration_scores.cpu().numpy()
+        self.offset_ = float(buffers.offset)
+        self.classes_ = np.array([-1, 1])
+        self.n_features_in_ = len(self.mean_)
+        self.features_ = extractor
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)
@@ -704,8 +651,6 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         return self._validated(self.features_.fit_transform(X), reset=True)
 
     def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]:
-        if not reset and self._is_valid(X):
-            return X
         if not _is_matrix(X):
             raise ValueError(
                 f"features={self.features!r} {'takes' if reset else 'was fitted on'} a feature matrix of shape "
@@ -728,18 +673,6 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             for block in _blocks(table):
                 assert_all_finite(block, estimator_name=type(self).__name__, input_name="X")
         return table
-
-    def _is_valid(self, X: Any) -> bool:
-        """Tell what scikit-learn's validation would return as it is, which takes it longer than to score a few rows."""
-        return (
-            type(X) is np.ndarray
-            and X.ndim == 2
-            and _is_of_numbers(X)
-            and X.shape[1] == self.n_features_in_
-            and len(X) > 0
-            and not hasattr(self, "feature_names_in_")
-            and all(np.isfinite(block).all() for block in _blocks(X))
-        )
 
     def _density_device(self) -> torch.device:
         device = as_device(self.device)

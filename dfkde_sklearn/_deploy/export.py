@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.special import expit
 from torch import Tensor, nn
 
-from dfkde_sklearn._deploy.model import DfkdeModel, model_of
+from dfkde_sklearn._deploy.model import DfkdeModel
 from dfkde_sklearn._deploy.preprocessing import Preprocessing
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._files import write_file
@@ -124,7 +124,7 @@ class Scorer(nn.Module):
 
 def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
     """Return what is exported, the name of its input, and an example of it."""
-    model = model_of(detector).eval()
+    model = detector.to_torch().eval()
     dtype = model.density.kernel_centers.dtype
     if model.feature_extractor is None:
         if image_shape is not None:

@@ -23,7 +23,7 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from dfkde_sklearn._deploy.model import DensityBuffers, buffers_of, keep_buffers
+from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._document import as_json, checked_parameters, from_json, is_integer_from, is_list_of, is_text
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._features.network import TimmFeatures
@@ -74,7 +74,7 @@ def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
             "torch": str(torch.__version__),
         },
     }
-    tensors = {name: value.contiguous() for name, value in buffers_of(detector).state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in detector._buffers().state_dict().items()}
     data = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
     write_file(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
 
@@ -121,8 +121,7 @@ def load(
             raise ValueError("its tensors contradict its parameters")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
-    keep_buffers(detector, buffers)
-    detector.features_ = extractor
+    detector._take(buffers, extractor)
     if names:
         detector.feature_names_in_ = np.array(names, dtype=object)
     if extractor is not None:
