@@ -339,6 +339,13 @@ def test_exported_preprocessing_is_timms_to_the_pixel(interpolation, crop, shape
     torch.testing.assert_close(Preprocessing(fitted, shape)(torch.from_numpy(noise)), expected, rtol=0, atol=1e-6)
 
 
+def test_the_check_of_an_export_reads_16_bit_images_as_the_detector_does(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 4096, (12, 70, 60), dtype=np.uint16)
+    detector = DFKDEDetector(extractor(white_level=4095), n_components=3).fit(deep)
+    detector.to_pt2(tmp_path / "model.pt2", check=deep[:4])
+    assert (tmp_path / "model.pt2").exists()
+
+
 # ---- what cannot be exported
 
 
