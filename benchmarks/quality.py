@@ -305,7 +305,8 @@ def images_without_labels(
         f"{int(images.is_defect.sum())} defective ones of {len(np.unique(images.groups[images.is_defect]))}. "
         "MobileNetV2 on whole images, squashed to 224 x 224 (centre crop: as timm does it; border: proportions "
         "kept, borders filled), layers averaged over positions, and `ScatteringFeatures`, side by side as they are. "
-        f"False alarms: the share of normal test images called anomalous at target_fpr={TARGET_FPR}; found: that of defective ones. "
+        f"False alarms: the share of normal test images called anomalous at target_fpr={TARGET_FPR}; found: that of "
+        "defective ones. "
         "Images of one group are adjacent, so that a group mostly falls into one of the detector's 20 folds. "
         "Ledoit-Wolf and 1-NN have a threshold from the same folds.",
     )
