@@ -19,15 +19,15 @@ _UNIT = 2**22
 class Preprocessing(nn.Module):
     """timm's transform for images of one size: resize, crop and normalise as Pillow and torchvision do.
 
-    A resize is two matrix products, and a crop selects rows of the matrices. They are found by putting images of single
-    bright lines through the very transform, and the products are Pillow's own, of integers: not one pixel differs.
+    A resize is two matrix products, and a crop selects rows of the matrices. Pillow itself gives the matrices, by
+    resizing images of single bright lines. They hold integers, as in Pillow, so that no pixel differs.
 
     Parameters
     ----------
     extractor : TimmFeatures
         Fitted.
     image_shape : tuple (height, width)
-        Of the images, in pixels.
+        Size of the images in pixels.
     """
 
     across: Tensor
@@ -46,7 +46,7 @@ class Preprocessing(nn.Module):
             )
         resize, crop, *_ = timm_transform(extractor).transforms
         resized = resize(Image.new("RGB", (width, height)))
-        # Where each pixel of the crop comes from; 0 where it is padding.
+        # The source of each pixel of the crop; 0 for padding.
         places = 1 + np.arange(resized.height * resized.width, dtype=np.int32).reshape(resized.height, resized.width)
         cropped = np.asarray(crop(Image.fromarray(places)))
         if cropped.shape != tuple(extractor.input_size_) or not cropped.all():
@@ -63,7 +63,7 @@ class Preprocessing(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return normalised images (n, 3, H, W) of RGB images (n, height, width, 3), uint8."""
-        # In float64, which holds the products of these integers exactly.
+        # In float64, which represents the products of these integers exactly.
         levels = images.permute(0, 3, 1, 2).double()
         levels = _rounded(levels @ self.across.T)
         levels = _rounded(self.down @ levels).float()
@@ -74,7 +74,7 @@ def _resizing(length: int, new_length: int, interpolation: Any) -> Tensor:
     """Return the weights (new_length, length), times `_UNIT`, with which Pillow resizes a line of pixels."""
     lines = Image.fromarray(_UNIT * np.eye(length, dtype=np.int32))
     if new_length != length:
-        # Rounded to integers, as Pillow rounds its weights before it resizes pixels of 8 bits.
+        # Resizing an image of integers rounds the weights, as Pillow does before it resizes 8-bit pixels.
         lines = lines.resize((new_length, length), _PILLOW[interpolation.value])
     return torch.from_numpy(np.array(lines).T.astype(np.float64))
 
@@ -90,5 +90,5 @@ _PILLOW = {
 
 
 def _rounded(levels: Tensor) -> Tensor:
-    """Return sums of levels times weights as 8-bit levels, to which Pillow rounds after each direction."""
+    """Return sums of levels times weights as 8-bit levels; Pillow rounds after each direction."""
     return (levels / _UNIT + 0.5).floor().clamp(0, 255)
