@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from dfkde_sklearn import __version__, datasets
+from dfkde_sklearn import __version__
 from dfkde_sklearn._features.network import TimmFeatures
+from dfkde_sklearn.datasets._surfaces import MATERIALS
 
 DEMO_PICTURE = "dfkde-demo.png"
 # Images on a contact sheet that shows the worst.
@@ -51,7 +52,7 @@ def _add_demo(commands: Any) -> None:
     )
     command.add_argument(
         "--material",
-        choices=list(datasets.MATERIALS),
+        choices=list(MATERIALS),
         default="weave",
         help="what the images show (default: %(default)s)",
     )
