@@ -49,7 +49,7 @@ def main() -> None:
     n_folds = 2 if options.quick else 5
     folds, outer = (StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed) for seed in (0, 1))
 
-    backbone = mobilenet(options.weights, crop_mode="squash", crop_pct=1.0)
+    backbone = mobilenet(options.weights)
     TimmFeatures(backbone, layers=LAYERS, cache=True).fit_transform(X)
     search = GridSearchCV(
         AnomalyClassifier(DFKDEDetector(TimmFeatures(backbone, cache=True))),

@@ -104,7 +104,7 @@ def network(backbone: str, weights: Path | None, image_size: int) -> Any:
     """Return the network, to be shown whole images of this size."""
     import timm
 
-    overlay = {"crop_mode": "squash", "crop_pct": 1.0, "input_size": (3, image_size, image_size)}
+    overlay: dict[str, Any] = {"input_size": (3, image_size, image_size)}
     if weights is not None:
         overlay["file"] = str(weights)
     return timm.create_model(backbone, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)

@@ -71,11 +71,12 @@ TARGET_FPR = 0.05
 SIZES = (20, 40, 60, 100)
 SHARES = (0.01, 0.05, 0.10, 0.20)
 WAVES = "scattering"
-CROPPED = "`blocks.4`, centre crop"
+# Other crops than the default of TimmFeatures.
+CROPS = {"`blocks.4`, centre crop": "center", "`blocks.4`, border": "border"}
 LAYER_SETS: dict[str, list[str]] = {
     "pooled head": ["global_pool"],
     "`blocks.4`": ["blocks.4"],
-    CROPPED: [CROPPED],
+    **{name: [name] for name in CROPS},
     "`blocks.2` + `blocks.4`": ["blocks.2", "blocks.4"],
     "`blocks.4` + `blocks.5`": ["blocks.4", "blocks.5"],
     "`blocks.2` + `blocks.4` + `blocks.6`": ["blocks.2", "blocks.4", "blocks.6"],
@@ -260,11 +261,12 @@ def with_dirty_rows(rows: Mapping[str, tuple[Matrix, Matrix]], n_seeds: int) -> 
 def columns_by_layer(images: ImageSet, weights: Path) -> dict[str, Matrix]:
     """Return the features of all images by layer."""
     paths = images.paths.tolist()
-    network = TimmFeatures(mobilenet(weights, crop_mode="squash", crop_pct=1.0), layers=LAYERS)
+    network = TimmFeatures(mobilenet(weights), layers=LAYERS)
     found = network.fit_transform(paths)
     of_layer = np.repeat(LAYERS, network.layer_widths_)
     columns = {layer: found[:, of_layer == layer] for layer in LAYERS}
-    columns[CROPPED] = TimmFeatures(mobilenet(weights), layers="blocks.4").fit_transform(paths)
+    for name, crop in CROPS.items():
+        columns[name] = TimmFeatures(mobilenet(weights), layers="blocks.4", crop=crop).fit_transform(paths)
     columns[WAVES] = ScatteringFeatures().fit_transform(paths)
     return columns
 
@@ -301,8 +303,8 @@ def images_without_labels(
         f"--{option} FOLDER --weights FILE",
         f"{int((~images.is_defect).sum())} normal images of {n_groups} groups (what one group shows is one part) and "
         f"{int(images.is_defect.sum())} defective ones of {len(np.unique(images.groups[images.is_defect]))}. "
-        "MobileNetV2 on whole images, squashed to 224 x 224 (centre crop: on what timm's own preprocessing leaves of "
-        "them), layers averaged over positions, and `ScatteringFeatures`, side by side as they are. False alarms: the "
+        "MobileNetV2 on whole images, squashed to 224 x 224 (centre crop: timm's own preprocessing; border: proportions "
+        "kept, borders filled), layers averaged over positions, and `ScatteringFeatures`, side by side as they are. False alarms: the "
         f"share of normal test images called anomalous at target_fpr={TARGET_FPR}; found: that of defective ones. "
         "Images of one group are adjacent, so that a group mostly falls into one of the detector's 20 folds. "
         "Ledoit-Wolf and 1-NN have a threshold from the same folds.",

@@ -240,8 +240,8 @@ def check_claims(claims: Mapping[str, bool], seconds: float, *, quick: bool = Fa
     assert quick or all(claims.values()), [claim for claim, holds in claims.items() if not holds]
 
 
-def mobilenet(weights: Path, **preprocessing: Any) -> Any:
-    """Return the backbone; `preprocessing` replaces what timm says on crops."""
+def mobilenet(weights: Path) -> Any:
+    """Return the backbone."""
     import timm
 
     return timm.create_model(
@@ -249,7 +249,7 @@ def mobilenet(weights: Path, **preprocessing: Any) -> Any:
         pretrained=True,
         num_classes=0,
         pad_type="same",
-        pretrained_cfg_overlay={"file": str(weights), "mean": (0.5,) * 3, "std": (0.5,) * 3, **preprocessing},
+        pretrained_cfg_overlay={"file": str(weights), "mean": (0.5,) * 3, "std": (0.5,) * 3},
     )
 
 

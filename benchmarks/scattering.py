@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dfkde_sklearn._features.scattering import (
+from dfkde_sklearn._features.wavelets import (
     STATISTICS,
     _inside,
     _modulus,

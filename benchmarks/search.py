@@ -127,7 +127,7 @@ def tiles(folder: Path, n: int | None) -> tuple[list[str], Labels]:
 
 def compared(X: list[str], y: Labels, weights: Path, folder: Path, n_plain: int, *, timed: bool) -> dict[str, bool]:
     """Print the table and return the claims on it, those on times if `timed`."""
-    network = mobilenet(weights, crop_mode="squash", crop_pct=1.0).eval()
+    network = mobilenet(weights).eval()
     counter = Counter(folder / "counted")
     network.register_forward_pre_hook(counter)
     in_folder = str(folder / "cache")

@@ -1,4 +1,4 @@
-"""What a user may hand in as images, seen as a sequence of pictures and read as batches of tensors."""
+"""Images in any accepted form, as a sequence of pictures and as batches of tensors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from PIL import Image, ImageFile, ImageOps
 from dfkde_sklearn._threads import Lock, computed_ahead
 
 # fmt: off
-# Pillow's own formats that it decodes by itself, the usual ones first. Not among them: EPS, for which it runs
-# Ghostscript whatever the file is called; IPTC, which may hold an EPS; WMF, which Windows draws; and those that it
-# knows by name and cannot decode.
+# Pillow's own formats that it decodes without other programs, the usual ones first. Excluded: EPS, for which it runs
+# Ghostscript; IPTC, which may contain an EPS; WMF, which only Windows renders; and formats that it recognises but
+# cannot decode.
 FORMATS = (
     "PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF", "PPM", "TGA", "BLP", "CUR", "DCX", "DDS", "DIB",
     "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "IMT", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PSD",
     "QOI", "SGI", "SPIDER", "SUN", "XBM", "XPM", "XVTHUMB",
 )
-# Suffixes of files that may lie among images without anybody taking them for some.
+# Suffixes of files that commonly lie beside images, of which no warning is needed.
 COMPANIONS = frozenset((
     ".cfg", ".csv", ".db", ".html", ".ini", ".ipynb", ".joblib", ".json", ".jsonl", ".log", ".md", ".md5", ".onnx",
     ".parquet", ".pdf", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sha256", ".sqlite3", ".toml", ".tsv", ".txt",
@@ -40,18 +40,18 @@ COMPANIONS = frozenset((
 # fmt: on
 # Grey, colour, colour with alpha.
 CHANNELS = (1, 3, 4)
-# White where 16 bits are used to the full.
+# White in images that use all 16 bits.
 FULL_RANGE = 65535
-# Half a grey level: what rounding makes of a float that was in [0, 1].
+# Half a grey level: floats in [0, 1] may leave the range by that much when they are rounded.
 ROUNDING = 0.5 / 255
-# More threads than this seldom decode faster: they wait for the disk or for Python's lock.
+# More threads seldom decode faster: they wait for the disk or for Python's lock.
 MAX_THREADS = 8
-# Digests of files that are known by their status: about 20 MB of them.
+# Number of file digests that are kept: about 20 MB.
 MAX_DIGESTS = 2**16
 _digests: OrderedDict[tuple[int, ...], bytes] = OrderedDict()
-# Seconds after which a file that is written to has another time of change than before.
+# Seconds after which another write to a file certainly changes its time of change.
 SETTLED = 2.0
-# A picture of the user's may stand in a list twice, and PIL reads its file at the first access.
+# A user's picture may be in a list twice, and PIL reads its file at the first access.
 _READING = Lock()
 
 ACCEPTED = (
@@ -61,25 +61,25 @@ ACCEPTED = (
 
 
 class Images(Sequence[Image.Image]):
-    """What a user handed in, seen as a sequence of pictures; made by :func:`as_images`.
+    """A sequence of pictures, made by :func:`as_images`.
 
-    Every item is read when it is asked for and kept nowhere: a picture of mode "RGB", 8 bits a channel,
-    turned as its EXIF orientation says. Of files with several frames or pages, the first is taken. An alpha
-    channel is dropped, as timm and ``convert("RGB")`` do, not composited. 16-bit samples are scaled from
-    [0, `white_level`], and floating-point samples from [0, 1].
+    An item is read at each access and not kept. It is a picture of mode "RGB", 8 bits a channel, turned according to
+    its EXIF orientation. Of files with several frames or pages, the first is read. An alpha channel is dropped, as
+    timm and ``convert("RGB")`` do, not composited. 16-bit samples are scaled from [0, `white_level`], and
+    floating-point samples from [0, 1].
 
     Parameters
     ----------
     items : list, ndarray or Tensor
         The images, by index, as :func:`as_images` checked them.
     white_level : int, default=65535
-        The 16-bit value that becomes 255, as all above it do.
+        The 16-bit value that becomes 255, as do all above it.
     """
 
     def __init__(self, items: list[Any] | np.ndarray | torch.Tensor, white_level: int = FULL_RANGE) -> None:
         self._items = items
         self.white_level = white_level
-        # The brightest values of the 16-bit images read so far: a set, which threads may add to.
+        # The maxima of the 16-bit images read so far: a set, as several threads add to it.
         self._brightest: set[int] = set()
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Images(Sequence[Image.Image]):
         Returns
         -------
         PIL.Image.Image
-            Mode "RGB", independent of what the user handed in.
+            Mode "RGB"; does not share memory with the user's image.
 
         Raises
         ------
@@ -131,34 +131,34 @@ class Images(Sequence[Image.Image]):
         return _picture_from_array(samples, name, self._white(samples, white))
 
     def _white(self, samples: np.ndarray, white: int) -> int:
-        """Return the value that becomes 255, given what the file says, and note how bright 16-bit samples get."""
+        """Return the value that becomes 255, given that of the file, and record the maximum of 16-bit samples."""
         if samples.dtype.kind != "f" and samples.dtype != np.uint8 and self.white_level <= white:
             self._brightest.add(int(samples.max()))
         return min(white, self.white_level)
 
     def warn_of_white_level(self) -> None:
-        """Warn where the 16-bit images that were read use little of the range up to the white level, or exceed it."""
+        """Warn if the 16-bit images read so far stay far below the white level, or exceed it."""
         if not self._brightest:
             return
         brightest, white = max(self._brightest), self.white_level
         if brightest > white:
             warnings.warn(
-                f"The brightest value of the 16-bit images is {brightest}, and all above white_level={white} comes out "
-                f"as white. To keep it apart: white_level={2 ** brightest.bit_length() - 1}.",
+                f"The brightest value of the 16-bit images is {brightest}, and all values above white_level={white} "
+                f"become white. To distinguish them: white_level={2 ** brightest.bit_length() - 1}.",
                 UserWarning,
                 stacklevel=3,
             )
         elif 0 < brightest < (white + 1) / 16:
             warnings.warn(
                 f"The brightest value of the 16-bit images is {brightest}, under a sixteenth of white_level={white}: "
-                f"they come down to {round(brightest * 255 / white) + 1} of 256 grey levels. If they are of a camera "
-                f"of {brightest.bit_length()} bits, say so: white_level={2 ** brightest.bit_length() - 1}.",
+                f"{round(brightest * 255 / white) + 1} of 256 grey levels are left. If the camera has "
+                f"{brightest.bit_length()} bits: white_level={2 ** brightest.bit_length() - 1}.",
                 UserWarning,
                 stacklevel=3,
             )
 
     def name(self, index: int) -> str:
-        """Return what messages call the image at `index`: its path where it has one.
+        """Return the name of the image at `index` in messages: its path if it has one.
 
         Parameters
         ----------
@@ -174,7 +174,7 @@ class Images(Sequence[Image.Image]):
         return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
 
     def digest(self, index: int) -> bytes:
-        """Return the SHA-256 of what the picture at `index` is read from: the file's bytes, or else its pixels.
+        """Return the SHA-256 of the image at `index`: of the file's bytes, or else of the pixels.
 
         Parameters
         ----------
@@ -184,8 +184,8 @@ class Images(Sequence[Image.Image]):
         Returns
         -------
         bytes
-            32 of them: the same for the same content, wherever it stands; a picture in a file and the same in
-            memory have different ones.
+            32 bytes that depend on the content only, not on its place. A picture in a file and the same picture in
+            memory have different digests.
 
         Raises
         ------
@@ -206,11 +206,12 @@ class Images(Sequence[Image.Image]):
 
 
 def _file_digest(path: str | os.PathLike[str]) -> bytes:
-    """Return the SHA-256 of a file's bytes; a search asks for it again for every candidate and fold.
+    """Return the SHA-256 of a file's bytes.
 
-    A file that has not been written to is known by its status, as git knows it: the time of its last change is the
-    system's, and no program can set it. One that was changed just now is read, since a change in the same tick of the
-    clock does not show; and on Windows, which has no such time, all are.
+    Digests are kept, as a search needs them for every candidate and fold. Like git, this recognises an unchanged file
+    by its status: the time of its last change is set by the system, not by programs. A file that has just changed is
+    read again, since another change within the same tick of the clock would not show. Windows has no such time, so
+    there all files are read.
     """
     status = os.stat(path)  # noqa: PTH116 (a str or a path)
     if not stat.S_ISREG(status.st_mode):
@@ -230,9 +231,9 @@ def _file_digest(path: str | os.PathLike[str]) -> bytes:
 
 
 def as_images(X: Any, white_level: int | None = None) -> Images:
-    """Return what a user handed in as a sequence of pictures.
+    """Return images in any accepted form as a sequence of pictures.
 
-    Nothing is decoded yet: this checks kinds, shapes and dtypes; a broken file is found when it is read.
+    Types, shapes and dtypes are checked; nothing is decoded yet, so a broken file is noticed when it is read.
 
     Parameters
     ----------
@@ -246,21 +247,21 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
         Arrays and tensors are uint8; or uint16; or floating point in [0, 1].
         A three-dimensional array is always a stack of grey images, never one colour image.
     white_level : int or None, default=None
-        The 16-bit value that becomes 255, as all above it do. None is 65535, or what `images` have already.
+        The 16-bit value that becomes 255, as do all above it. None is 65535, or the level that X has already.
 
     Returns
     -------
     Images
-        The pictures, read one by one when they are asked for.
+        The pictures, each read at each access.
 
     Raises
     ------
     TypeError
-        If X, or an item of it, is nothing that can be an image.
+        If X, or an item of it, is of a type that cannot be an image.
     ValueError
-        If X is empty, or the meaning of its axes is not certain.
+        If X is empty, or the meaning of its axes is ambiguous.
     FileNotFoundError
-        If X is a path at which there is nothing.
+        If X is a path that does not exist.
 
     Examples
     --------
@@ -283,7 +284,7 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
     elif isinstance(X, np.ndarray):
         if X.ndim != 1:
             raise ValueError(
-                f"images: an array of dtype {X.dtype} with shape {X.shape}. Paths or images stand in one"
+                f"images: an array of dtype {X.dtype} with shape {X.shape}. Paths or images need one"
                 " dimension: use X.ravel(); pixels need a numeric dtype: use X.astype(np.uint8)."
             )
         items = X.tolist()
@@ -310,9 +311,9 @@ def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[s
     """Return the paths of the images in a folder, sorted folder by folder.
 
     Links to folders are followed, and each folder is listed once, however many links lead to it. Hidden files and
-    folders (a leading dot) and files without the suffix of an image are left out. Links to nothing are listed, where
-    they have no suffix or that of an image, and so is what has such a suffix and is no file: who reads the images
-    learns of them.
+    folders (a leading dot) and files without the suffix of an image are left out. Broken links without a suffix or
+    with that of an image are listed, and so is anything else with such a suffix: reading them raises an error that
+    names them.
 
     Parameters
     ----------
@@ -329,7 +330,7 @@ def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[s
     Warns
     -----
     UserWarning
-        If files are left out for a suffix that is none of an image and none of the usual companions of images.
+        If files are left out whose suffix is neither that of an image nor common beside images.
 
     Raises
     ------
@@ -339,7 +340,7 @@ def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[s
     suffixes = image_suffixes()
     images: list[str] = []
     left_out: Counter[str] = Counter()
-    # Links last: what lies in a folder and is linked to as well has its own path.
+    # Links last, so that a folder that is also linked to is listed under its own path.
     folders, links, listed = [os.fspath(folder)], list[str](), set[tuple[int, int]]()
     while folders or links:
         current = folders.pop() if folders else heapq.heappop(links)
@@ -376,13 +377,13 @@ def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[s
 
 
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of the formats that are read, in small letters and with their dots."""
+    """Return the suffixes of the formats that are read, in lower case and with their dots."""
     formats = {*_formats(), *FORMATS}
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def _formats() -> list[str]:
-    """Return the formats that are read: `FORMATS`, and those that packages other than Pillow have added to it."""
+    """Return the formats that are read: `FORMATS`, and those that other packages have added to Pillow."""
     Image.init()
     added = [kind for kind, (factory, _) in Image.OPEN.items() if not str(factory.__module__).startswith("PIL.")]
     return [kind for kind in FORMATS if kind in Image.OPEN] + [kind for kind in added if kind not in FORMATS]
@@ -407,22 +408,22 @@ def image_batches(
     verbose: bool = False,
     description: str = "",
 ) -> Iterator[torch.Tensor]:
-    """Yield the transformed images in batches, in order, read in threads ahead of the consumer.
+    """Yield the transformed images in batches, in order, read ahead in threads.
 
-    At most two batches and one image per thread are held beside the batch that was yielded.
+    At most two batches and one image per thread are in memory, besides the batch that was yielded.
 
     Parameters
     ----------
     images : Images
         The pictures.
     transform : callable
-        Makes a tensor from one picture; of the same shape for all.
+        From a picture to a tensor, of the same shape for all.
     batch_size : int
         Number of images in a batch; the last one may be smaller.
     verbose : bool, default=False
         Whether to show a progress bar.
     description : str, default=""
-        What stands before the progress bar.
+        Label of the progress bar.
 
     Yields
     ------
@@ -446,11 +447,11 @@ def image_batches(
                 f" transformed: {error}"
             ) from error
 
-    # PIL finds its readers at the first file; two threads that look at the same moment may miss one.
+    # PIL loads its readers at the first file; two threads that do so at once may miss one.
     _formats()
     n_images, n_threads = len(images), min(MAX_THREADS, os.cpu_count() or 1)
     tensors = computed_ahead(tensor_at, range(n_images), min(n_threads, n_images), batch_size + n_threads)
-    # Closed as well when an image is broken or the consumer stops early: what has not begun never does.
+    # Closed also when an image is broken or the consumer stops early, so that no further image is read.
     with (
         closing(tensors),
         tqdm(total=n_images, desc=description or None, unit="image", disable=not verbose) as progress,
@@ -514,7 +515,7 @@ def _check_stack(X: np.ndarray | torch.Tensor) -> None:
 
 
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
-    """Raise a ValueError unless `shape` is that of one image, in one reading only."""
+    """Raise a ValueError unless `shape` is that of one image, without ambiguity."""
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{name}: shape {shape} is not that of an image. Allowed: (H, W), (H, W, C) or (C, H, W).")
     if len(shape) == 2:
@@ -547,7 +548,7 @@ def _check_dtype(X: np.ndarray | torch.Tensor, name: str) -> None:
         allowed = X.dtype.kind == "f" or (X.dtype.kind == "u" and X.dtype.itemsize <= 2)
     if X.dtype in (torch.bool, np.bool_):
         raise TypeError(
-            f"{name}: a mask of dtype {X.dtype}, not an image. To see it as black and white, pass it as uint8"
+            f"{name}: a mask of dtype {X.dtype}, not an image. To use it as black and white, pass it as uint8"
             " times 255."
         )
     if not allowed:
@@ -584,7 +585,7 @@ _KINDS = {
     stat.S_IFCHR: "is a device, not a file, and was not opened.",
     stat.S_IFBLK: "is a device, not a file, and was not opened.",
 }
-# Pillow keeps the upper byte of 16-bit colour. What it reads as the upper byte in the other order is the lower one.
+# Pillow keeps the upper byte of 16-bit colour. Read in the other byte order, that is the lower byte.
 _OTHER_BYTES = {
     f"{channels};16{order}": f"{channels};16{other}"
     for channels in ("RGB", "RGBX", "RGBA")
@@ -594,14 +595,14 @@ _PHOTOMETRIC, _BITS, _PLANAR = 262, 258, 284
 
 
 class _NotAnImageError(ValueError):
-    """What is wrong with a file, in words that need no other before them."""
+    """A fault of a file, in words that need no introduction."""
 
 
 def _read_file(path: str | os.PathLike[str]) -> tuple[Image.Image | np.ndarray, int]:
-    """Return what a file shows, a picture or wide samples, and the value of integers that is white."""
+    """Return the picture in a file, or its samples if they have more than 8 bits, and the integer that is white."""
     status = os.stat(path)  # noqa: PTH116 (a str or a path)
     if not stat.S_ISREG(status.st_mode):
-        # Not even opened: a pipe waits for a writer, and some devices do something.
+        # Not opened, since a pipe waits for a writer and opening a device may have an effect.
         raise _NotAnImageError(_KINDS.get(stat.S_IFMT(status.st_mode), "is not a file."))
     if not status.st_size:
         raise _NotAnImageError("the file is empty (0 bytes).")
@@ -613,16 +614,16 @@ def _read_file(path: str | os.PathLike[str]) -> tuple[Image.Image | np.ndarray, 
 
 
 def _shown(picture: Image.Image, *, in_place: bool = False) -> tuple[Image.Image | np.ndarray, int]:
-    """Return what a picture shows, with wide samples as an array, and the value of integers that is white."""
+    """Return a picture, or its samples if they have more than 8 bits, and the integer that is white."""
     _check_planes(picture)
     tags, mode = _tags(picture), picture.mode
     turned = _turned(picture, in_place=in_place)
     if mode != "F" and not mode.startswith("I"):
         return turned, FULL_RANGE
-    # PIL's own conversion clips wide samples at 255 and never scales.
+    # PIL's own conversion does not scale such samples but clips them at 255.
     samples = np.asarray(turned)
     white = 4095 if tags.get(_BITS) == (12,) else FULL_RANGE
-    # Pillow turns WhiteIsZero around for 8 bits only; it takes that to be meant where the tag is missing.
+    # Pillow inverts WhiteIsZero for 8 bits only. It assumes WhiteIsZero if the tag is missing.
     if picture.format == "TIFF" and tags.get(_PHOTOMETRIC, 0) == 0:
         return (1 if mode == "F" else white) - samples, white
     return samples, white
@@ -637,13 +638,13 @@ def _check_planes(picture: Image.Image) -> None:
     if len(bits) > 1 and max(bits) > 8 and _tags(picture).get(_PLANAR) == 2:
         raise _NotAnImageError(
             f"a TIFF whose channels of {max(bits)} bits lie one after the other (PlanarConfiguration 2), which Pillow"
-            " reads wrong. Save it with interleaved channels, or pass an array."
+            " does not read correctly. Save it with interleaved channels, or pass an array."
         )
 
 
 def _opened(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
     picture = Image.open(path, formats=_formats())
-    # PIL only warns up to twice its limit, and a warning neither stops a run nor names the file.
+    # Up to twice its limit PIL only warns, which does not name the file.
     if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         picture.close()
         raise Image.DecompressionBombError(
@@ -653,7 +654,7 @@ def _opened(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
 
 
 def _turned(picture: Image.Image, *, in_place: bool) -> Image.Image:
-    """Return a picture, which has pixels, as its EXIF orientation says; not a copy if `in_place`."""
+    """Return a picture turned by its EXIF orientation, as a copy unless `in_place`; it must have pixels."""
     if not picture.width or not picture.height:
         raise _NotAnImageError(f"an image of {picture.width} x {picture.height} pixels shows nothing.")
     if in_place:
@@ -663,7 +664,7 @@ def _turned(picture: Image.Image, *, in_place: bool) -> Image.Image:
 
 
 def _rawmode(picture: Any) -> str:
-    """Return Pillow's name of how the samples lie in the file; "" where there is none."""
+    """Return Pillow's name of the layout of samples in the file; "" if there is none."""
     if not getattr(picture, "tile", None):
         return ""
     arguments = picture.tile[0][3]
@@ -672,7 +673,7 @@ def _rawmode(picture: Any) -> str:
 
 
 def _wide_colour(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return 16-bit colour, of which Pillow keeps 8 bits, as uint16 (H, W, 3), or (H, W) where it is grey and alpha."""
+    """Return a file of 16-bit colour as uint16 (H, W, 3), or as (H, W) if it is grey with alpha."""
     with _opened(path) as picture:
         rawmode = _rawmode(picture)
         upper = np.asarray(_turned(picture, in_place=True)).astype(np.uint16)
@@ -680,7 +681,7 @@ def _wide_colour(path: str | os.PathLike[str]) -> np.ndarray:
         picture.tile = [_with_rawmode(tile, _OTHER_BYTES[rawmode]) for tile in picture.tile]
         lower = np.asarray(_turned(picture, in_place=True))
     if rawmode == "LA;16B":
-        # Grey and alpha of two bytes each, read as four channels of one byte.
+        # Grey and alpha of two bytes each were read as four channels of one byte.
         return upper[..., 0] << 8 | lower[..., 1]
     return upper[..., :3] << 8 | lower[..., :3]
 
@@ -694,7 +695,7 @@ def _with_rawmode(tile: Any, rawmode: str) -> Any:
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "P" and "transparency" in picture.info:
-        # The detour that PIL's warning asks for.
+        # Without this detour PIL warns.
         picture = picture.convert("RGBA")
     return picture.convert("RGB")
 
@@ -715,7 +716,7 @@ def _as_8_bits(values: np.ndarray, name: str, white: int) -> np.ndarray:
         raise ValueError(
             f"{name}: floating-point values from {low:.6g} to {high:.6g}. Allowed: [0, 1], and {ROUNDING:.3f} on each"
             " side for rounding. Divide 0 to 255 by 255, or pass them as uint8; undo a normalisation by mean and"
-            " standard deviation; clip what a resize has made brighter than white."
+            " standard deviation; clip values that resizing has made brighter than white."
         )
     if floating:
         return np.rint(np.clip(values.astype(np.float32, copy=False), 0, 1) * 255).astype(np.uint8)

@@ -15,8 +15,9 @@ from PIL import Image
 from scipy.special import expit
 from torch import Tensor, nn
 
-from dfkde_sklearn._deploy.model import DfkdeModel, ScatteringModule
-from dfkde_sklearn._features.network import TimmFeatures, image_transform, timm_transform
+from dfkde_sklearn._deploy.model import DfkdeModel
+from dfkde_sklearn._deploy.preprocessing import Preprocessing
+from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._images import as_images, image_batches
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 # Resize, GroupNormalization and LayerNormalization of backbones have their present form since 18 (2022).
 OPSET = 18
 OUTPUTS = ("log_density", "p_anomalous", "label")
-_OUTSIDE = "Leave image_shape out, and preprocess with read_images of the to_torch module."
-# One in Pillow's weights, which are integers of 22 binary places.
-_UNIT = 2**22
 # Batches of two, since a length of one would be taken for constant.
 _TRACED_ROWS = 2
 # Rows that go through an exported file at once while it is checked: some, as a batch of one hides what mixes rows.
@@ -124,93 +122,9 @@ class Scorer(nn.Module):
         return log_densities, self.model.compute_probabilities(log_densities), 2 * is_normal.long() - 1
 
 
-class Preprocessing(nn.Module):
-    """timm's transform for images of one size: resize, crop and normalise as Pillow and torchvision do.
-
-    A resize is two matrix products, and a crop selects rows of the matrices. They are found by putting images of single
-    bright lines through the very transform, and the products are Pillow's own, of integers: not one pixel differs.
-
-    Parameters
-    ----------
-    extractor : TimmFeatures
-        Fitted.
-    image_shape : tuple (height, width)
-        Of the images, in pixels.
-    """
-
-    across: Tensor
-    down: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, extractor: TimmFeatures, image_shape: tuple[int, int]) -> None:
-        super().__init__()
-        height, width = image_shape
-        if min(image_shape) < 1:
-            raise ValueError(f"image_shape={image_shape}. Allowed: (height, width) in pixels.")
-        if extractor.crop_mode_ not in ("center", "squash"):
-            raise ValueError(
-                f"image_shape={image_shape}: the backbone pads its images (crop mode {extractor.crop_mode_!r}), and "
-                f"padding is not exported. {_OUTSIDE}"
-            )
-        resize, crop, *_ = timm_transform(extractor).transforms
-        resized = resize(Image.new("RGB", (width, height)))
-        # Where each pixel of the crop comes from; 0 where it is padding.
-        places = 1 + np.arange(resized.height * resized.width, dtype=np.int32).reshape(resized.height, resized.width)
-        cropped = np.asarray(crop(Image.fromarray(places)))
-        if cropped.shape != tuple(extractor.input_size_) or not cropped.all():
-            raise ValueError(
-                f"image_shape={image_shape}: resized to {resized.height} x {resized.width} pixels, the image does not "
-                f"fill the crop of {extractor.input_size_}, and padding is not exported. {_OUTSIDE}"
-            )
-        rows, columns = np.divmod(cropped - 1, resized.width)
-        resample = getattr(resize, "interpolation", None)
-        self.register_buffer("across", _resizing(width, resized.width, resample)[columns[0]])
-        self.register_buffer("down", _resizing(height, resized.height, resample)[rows[:, 0]])
-        self.register_buffer("mean", torch.tensor(extractor.mean_).reshape(3, 1, 1))
-        self.register_buffer("std", torch.tensor(extractor.std_).reshape(3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return normalised images (n, 3, H, W) of RGB images (n, height, width, 3), uint8."""
-        # In float64, which holds the products of these integers exactly.
-        levels = images.permute(0, 3, 1, 2).double()
-        levels = _rounded(levels @ self.across.T)
-        levels = _rounded(self.down @ levels).float()
-        return (levels / 255 - self.mean) / self.std
-
-
-def _resizing(length: int, new_length: int, interpolation: Any) -> Tensor:
-    """Return the weights (new_length, length), times `_UNIT`, with which Pillow resizes a line of pixels."""
-    lines = Image.fromarray(_UNIT * np.eye(length, dtype=np.int32))
-    if new_length != length:
-        # Rounded to integers, as Pillow rounds its weights before it resizes pixels of 8 bits.
-        lines = lines.resize((new_length, length), _PILLOW[interpolation.value])
-    return torch.from_numpy(np.array(lines).T.astype(np.float64))
-
-
-_PILLOW = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-
-def _rounded(levels: Tensor) -> Tensor:
-    """Return sums of levels times weights as 8-bit levels, to which Pillow rounds after each direction."""
-    return (levels / _UNIT + 0.5).floor().clamp(0, 255)
-
-
 def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
     """Return what is exported, the name of its input, and an example of it."""
     model = detector.to_torch().eval()
-    if isinstance(model.feature_extractor, ScatteringModule):
-        raise ValueError(
-            "features=ScatteringFeatures(...) cannot be exported: other runtimes lack its complex Fourier transforms. "
-            "Export a detector that is fitted on the features (features=None), and compute them outside."
-        )
     dtype = model.density.kernel_centers.dtype
     if model.feature_extractor is None:
         if image_shape is not None:
@@ -219,7 +133,8 @@ def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tup
                 "Leave image_shape out."
             )
         return Scorer(model, None), "features", torch.zeros(_TRACED_ROWS, len(model.density.mean), dtype=dtype)
-    extractor = model.feature_extractor.extractor
+    extractor: Any = model.feature_extractor.extractor
+    extractor.check_exportable()
     if image_shape is None:
         return Scorer(model, None), "images", torch.zeros(_TRACED_ROWS, 3, *extractor.input_size_)
     preprocessing = Preprocessing(extractor, image_shape)
@@ -230,7 +145,7 @@ def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[i
     """Raise a ValueError unless an exported file gives for X what the detector gives."""
     scores = detector.score_samples(X).astype(np.float64)
     excess = scores - detector.offset_
-    is_of_images = isinstance(detector.features_, TimmFeatures)
+    is_of_images = isinstance(detector.features_, FeatureExtractor)
     tolerance = _TOLERANCES["images" if is_of_images else str(detector.kernel_centers_.dtype)]
     near = tolerance * np.maximum(1.0, np.abs(scores))
     # The right values, and by how much they may be missed: a label by any, where the score is at the threshold.
@@ -259,7 +174,7 @@ def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[i
 def _batches(detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
     """Yield what an exported file is given for X, a few rows at a time."""
     extractor: Any = detector.features_
-    if not isinstance(extractor, TimmFeatures):
+    if not isinstance(extractor, FeatureExtractor):
         rows = detector._validated(X if extractor is None else extractor.transform(X), reset=False)
         yield from (
             torch.from_numpy(np.array(rows))
@@ -273,4 +188,5 @@ def _batches(detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: An
             raise ValueError(f"the exported file takes images of image_shape={image_shape} only")
         return torch.from_numpy(np.array(picture))
 
-    yield from image_batches(as_images(X), pixels if image_shape else image_transform(extractor), _CHECKED_ROWS)
+    images = as_images(X, extractor.white_level)
+    yield from image_batches(images, pixels if image_shape else extractor.image_transform(), _CHECKED_ROWS)

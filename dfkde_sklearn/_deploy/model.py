@@ -6,119 +6,24 @@ The module computes what the detector computes, by the same functions. What it l
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dfkde_sklearn._density.fit import copies, fit
 from dfkde_sklearn._density.scoring import SCALINGS, Scaling, Settings, scaled
 from dfkde_sklearn._deploy.buffers import DensityBuffers
-from dfkde_sklearn._features.backbones import weights_hash
-from dfkde_sklearn._features.layers import embedding, pooled
-from dfkde_sklearn._features.network import TimmFeatures, image_transform
-from dfkde_sklearn._features.scattering import ScatteringFeatures, grey_levels
-from dfkde_sklearn._images import Images, as_images, image_batches
+from dfkde_sklearn._features.extractor import FeatureExtractor
+from dfkde_sklearn._features.modules import FeatureModule
+from dfkde_sklearn._features.network import TimmFeatures
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
 
 # Draws the rows that filter_count keeps: the original's signature has no place for a seed.
 _SEED = 0
-
-
-class NetworkFeatures(nn.Module):
-    """The network of a fitted `TimmFeatures`, a copy of its own: image tensors to feature rows.
-
-    Parameters
-    ----------
-    extractor : TimmFeatures
-        Fitted.
-    """
-
-    def __init__(self, extractor: TimmFeatures) -> None:
-        super().__init__()
-        with extractor._lent_backbone() as backbone:
-            self.network = copy.deepcopy(backbone.network).eval().requires_grad_(False)
-        self.extractor = _without_module(extractor)
-        self._formats = dict(
-            zip(
-                extractor.layers_ or [""],
-                zip(extractor.layer_formats_, extractor.layer_prefix_tokens_, strict=True),
-                strict=True,
-            )
-        )
-        self._tapped: dict[str, Tensor] = {}
-        modules = dict(self.network.named_modules())
-        for layer in extractor.layers_:
-            modules[layer].register_forward_hook(_Tap(layer, self))
-
-    def forward(self, batch: Tensor) -> Tensor:
-        """Return the features (n, D), float32, of normalised images (n, 3, H, W)."""
-        if not torch.compiler.is_compiling():
-            return self.extractor._rows(self.network, batch)
-        # A traced pass runs to its end, and what comes after the last layer is dropped from the graph.
-        like = next((tensor for tensor in self.network.parameters() if tensor.is_floating_point()), batch)
-        batch = batch.to(like.dtype)
-        if self.extractor.layers_:
-            self.network(batch)
-            rows = torch.cat([self._tapped[layer] for layer in self.extractor.layers_], dim=1)
-            self._tapped.clear()
-            return rows
-        return self.pooled("", embedding(self.network, batch))
-
-    def pooled(self, layer: str, output: Tensor) -> Tensor:
-        """Return one vector (n, C) for each image from the output of a layer."""
-        return pooled(output, *self._formats[layer], self.extractor.pooling)
-
-    def as_extractor(self) -> TimmFeatures:
-        """Return a fitted feature extractor that computes the same: by name, if the network has its weights still."""
-        extractor = copy.copy(self.extractor)
-        found = weights_hash(self.network)
-        if not isinstance(extractor.backbone, str) or found != extractor.weights_hash_:
-            extractor.backbone, extractor.weights = copy.deepcopy(self.network), None
-            for module in extractor.backbone.modules():
-                module._forward_hooks.clear()
-            extractor.weights_hash_, extractor.seed_ = found, None
-        return extractor
-
-    def read_images(self, images: Any) -> Tensor:
-        """Return images as the network takes them, of shape (n, 3, H, W)."""
-        return _read(as_images(images, self.extractor.white_level), image_transform(self.extractor))
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: batch statistics are none of the features."""
-        return super().train(False)
-
-
-class ScatteringModule(nn.Module):
-    """A fitted `ScatteringFeatures`: grey levels to feature rows.
-
-    Parameters
-    ----------
-    extractor : ScatteringFeatures
-        Fitted.
-    """
-
-    def __init__(self, extractor: ScatteringFeatures) -> None:
-        super().__init__()
-        self.extractor = copy.copy(extractor)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        """Return the features (n, D), float32, of grey levels (n, size, size) from 0 to 1."""
-        return self.extractor._rows(batch)
-
-    def as_extractor(self) -> ScatteringFeatures:
-        """Return a fitted feature extractor that computes the same."""
-        return copy.copy(self.extractor)
-
-    def read_images(self, images: Any) -> Tensor:
-        """Return images as grey levels (n, size, size)."""
-        pictures = as_images(images, self.extractor.white_level)
-        return _read(pictures, lambda picture: grey_levels(picture, self.extractor.image_size))
 
 
 class DfkdeModel(nn.Module):
@@ -209,13 +114,13 @@ class DfkdeModel(nn.Module):
         self.n_components = n_comps
         self.filter_count = filter_count
         self.density = DensityBuffers(pre_processing, threshold_steepness, threshold_offset)
-        self.feature_extractor: NetworkFeatures | ScatteringModule | None = None
+        self.feature_extractor: FeatureModule | None = None
         if backbone is not None:
             extractor = TimmFeatures(
                 backbone, layers=list(layers) or None, pretrained=pre_trained, device="cpu", random_state=_SEED
             )
             # Nothing is learnt from the image, but formats of layers are found out.
-            self.feature_extractor = NetworkFeatures(extractor.fit(np.zeros((1, 8, 8, 3), np.uint8)))
+            self.feature_extractor = extractor.fit(np.zeros((1, 8, 8, 3), np.uint8)).as_module()
 
     @classmethod
     def from_anomalib(
@@ -265,8 +170,8 @@ class DfkdeModel(nn.Module):
             threshold_offset=threshold_offset,
         )
         model.density.keep(state.density(), state.leave_one_out())
-        if isinstance(model.feature_extractor, NetworkFeatures):
-            load_backbone(model.feature_extractor.network, state.backbone)
+        if model.feature_extractor is not None:
+            load_backbone(model.feature_extractor.get_submodule("network"), state.backbone)
         return model
 
     @property
@@ -334,7 +239,7 @@ class DfkdeModel(nn.Module):
         """
         if self.feature_extractor is None:
             return batch
-        n_axes = 3 if isinstance(self.feature_extractor, ScatteringModule) else 4
+        n_axes = self.feature_extractor.n_image_axes
         if batch.ndim != n_axes:
             raise ValueError(
                 f"Images of shape {tuple(batch.shape)}. Needed are {n_axes} axes, as read_images gives them; a single "
@@ -474,7 +379,7 @@ class DfkdeModel(nn.Module):
 
 def fitted_model(
     density: DensityBuffers,
-    feature_extractor: NetworkFeatures | ScatteringModule | None,
+    feature_extractor: FeatureModule | None,
     n_comps: int | float,
     filter_count: int | None,
 ) -> DfkdeModel:
@@ -485,35 +390,9 @@ def fitted_model(
     return model
 
 
-def extractor_module(extractor: Any) -> NetworkFeatures | ScatteringModule | None:
+def extractor_module(extractor: Any) -> FeatureModule | None:
     """Return a fitted feature extractor as a module; None for one that has none."""
-    if isinstance(extractor, TimmFeatures):
-        return NetworkFeatures(extractor)
-    return ScatteringModule(extractor) if isinstance(extractor, ScatteringFeatures) else None
-
-
-class _Tap:
-    """A hook that hands the output of a layer to a `NetworkFeatures` while its forward pass is traced."""
-
-    def __init__(self, layer: str, features: NetworkFeatures) -> None:
-        self.layer = layer
-        self.features = features
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            self.features._tapped[self.layer] = self.features.pooled(self.layer, output)
-
-
-def _without_module(extractor: TimmFeatures) -> TimmFeatures:
-    """Return a copy that does not hold a user's module, which the model has a copy of."""
-    extractor = copy.copy(extractor)
-    if isinstance(extractor.backbone, nn.Module):
-        extractor.backbone = nn.Identity()
-    return extractor
-
-
-def _read(pictures: Images, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    return torch.cat(list(image_batches(pictures, transform, len(pictures))))
+    return extractor.as_module() if isinstance(extractor, FeatureExtractor) else None
 
 
 def _as_rows(features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Networks, ready for use: those of timm by name, loaded once and shared, and a user's modules, borrowed."""
+"""Networks ready for use: timm's by name, loaded once and shared, and a user's modules, which are given back."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from torch import Tensor, nn
 
 from dfkde_sklearn._threads import Lock
 
-# Seconds to wait for the first sign of the server that has the weights.
+# Seconds to wait for an answer of the server that has the weights.
 PROBE_SECONDS = 3.0
-# Backbones kept in memory, least recently used first; a search over layers or components needs one.
+# Number of backbones kept in memory; the least recently used is dropped. A search over layers needs one.
 MAX_LOADED = 4
 _loaded: OrderedDict[tuple[Any, ...], Backbone] = OrderedDict()
 _loading = Lock(threading.RLock)
-# A user's module has one training flag and one device: threads that use it take turns.
+# A user's module has one training flag and one device, so threads use it one after the other.
 _borrowing = Lock(threading.RLock)
-# What torch keeps in every module, weights and hooks among it: not its settings.
+# Attributes that torch keeps in every module, such as weights and hooks. They are not settings of the module.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-# Under what training programs keep a state dict, and what the modules around a network put before its names.
+# Keys under which training programs keep a state dict, and prefixes that modules around a network add to its names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Backbone:
-    """A network in evaluation mode on its device, and what tells it from others, found out when it is asked for.
+    """A network in evaluation mode on its device, with hashes that identify it, computed when first needed.
 
     Parameters
     ----------
     network : torch.nn.Module
-        The network. While this object is in use, nobody changes it.
+        The network. It must not change while this object is in use.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -57,11 +57,11 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the network's outputs, as far as it can be seen.
+        """SHA-256 of what determines the network's outputs, as far as attributes show it.
 
-        Weights and buffers; for each module its name, its class, its hooks, and those of its attributes that are
-        numbers, text, tensors or functions, or tuples and lists of them. Classes, functions and hooks count by their
-        names, not by their code. Attributes of other kinds, such as dictionaries, count by their types.
+        It covers weights and buffers, and for each module its name, its class, its hooks, and those of its attributes
+        that are numbers, text, tensors or functions, or tuples and lists of them. Classes, functions and hooks are
+        represented by their names, not by their code; attributes of other types, such as dictionaries, by their type.
         """
         lines = [self.weights_hash]
         for name, module in self.network.named_modules():
@@ -81,9 +81,9 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return what decides a module's outputs beside its class, its weights and its submodules."""
+    """Return what determines a module's outputs, except its class, weights and submodules."""
     if isinstance(module, torch.jit.ScriptModule):
-        # All in one: its code, and of a frozen one its weights.
+        # The saved module holds its code and, if it is frozen, its weights.
         return {"saved": hashlib.sha256(module.save_to_buffer()).hexdigest()}
     settings = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
     settings |= {key: module._buffers[key] for key in module._non_persistent_buffers_set}
@@ -97,7 +97,7 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def _described(value: Any) -> str:
-    """Return text that tells apart settings of a module, the same in every process."""
+    """Return text that identifies a setting of a module, the same in every process."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, tuple | list):
@@ -116,7 +116,7 @@ def _qualified_name(thing: Any) -> str:
 
 @contextmanager
 def borrowed(module: nn.Module, device: torch.device) -> Iterator[Backbone]:
-    """Lend a user's module in evaluation mode on `device`, and give it back as it was."""
+    """Yield a user's module in evaluation mode on `device`; afterwards restore its training flags and device."""
     with _borrowing:
         _check_has_values(module)
         devices = {tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())}
@@ -135,7 +135,7 @@ def borrowed(module: nn.Module, device: torch.device) -> Iterator[Backbone]:
             yield Backbone(module)
         finally:
             if not evaluating:
-                # Some modules keep what they computed in evaluation mode until train() is called.
+                # train() must be called: some modules keep until then what they computed in evaluation mode.
                 module.train(training[0][1])
                 for part, flag in training:
                     if part.training != flag:
@@ -145,7 +145,7 @@ def borrowed(module: nn.Module, device: torch.device) -> Iterator[Backbone]:
 
 
 def _check_has_values(module: nn.Module) -> None:
-    """Raise a ValueError if a parameter or buffer has a shape at most, but no values."""
+    """Raise a ValueError if a parameter or buffer has no values."""
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ValueError(
@@ -160,7 +160,7 @@ def _check_has_values(module: nn.Module) -> None:
 
 
 def module_name(module: nn.Module) -> str:
-    """Return what timm calls the module, or the name of its class."""
+    """Return the name of the module in timm, or else the name of its class."""
     config = getattr(module, "pretrained_cfg", None)
     names = [config.get(key) for key in ("architecture", "tag")] if isinstance(config, dict) else []
     return ".".join(filter(None, names)) or type(module).__name__
@@ -178,16 +178,16 @@ def named_backbone(
     device: torch.device,
     download: bool,
 ) -> Backbone:
-    """Return a network of timm, loaded once for all that ask for the same."""
+    """Return a network of timm, loaded once and shared."""
     file = None if weights is None else _weights_file(weights)
-    # A file that was written anew is another file.
+    # A file that was overwritten counts as another file.
     state = file and (str(file), file.stat().st_mtime_ns, file.stat().st_size)
     key = (name, pretrained, state, seed, size, str(device))
     with _loading:
         if key not in _loaded:
             network = _created(name, pretrained, file, seed, size, download).eval().requires_grad_(False)
             _loaded[key] = Backbone(network.to(device))
-            # Now, before a thread hooks into its layers.
+            # Computed now, before a thread registers hooks, which are part of it.
             _ = _loaded[key].fingerprint
             if len(_loaded) > MAX_LOADED:
                 _loaded.popitem(last=False)
@@ -205,7 +205,7 @@ def _created(
         options["img_size"] = size
     if name.startswith("local-dir:"):
         _check_model_folder(name)
-    # On the CPU, so that a seed draws the same weights everywhere; the user's generator is left as it was.
+    # On the CPU, so that a seed gives the same weights on every machine. The user's generator keeps its state.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -230,8 +230,8 @@ def _created(
             from huggingface_hub.constants import HF_HUB_CACHE
 
             raise OSError(
-                f"The pretrained weights of backbone {name!r} are neither in the cache ({HF_HUB_CACHE}) nor to be"
-                f" downloaded ({error}). Ways out: weights=PATH to a file of them; copy the cache of a machine"
+                f"The pretrained weights of backbone {name!r} are neither in the cache ({HF_HUB_CACHE}) nor can"
+                f" they be downloaded ({error}). Ways out: weights=PATH to a file of them; copy the cache of a machine"
                 " that has them, and set HF_HUB_OFFLINE=1; ScatteringFeatures(), which needs no download; or"
                 " pretrained=False for random weights."
             ) from error
@@ -251,7 +251,7 @@ def _takes_one_size(name: str) -> bool:
 
 
 def full_name(name: str) -> str:
-    """Return the name with its tag, so that a later default of timm's changes nothing."""
+    """Return the name with its tag, so that it keeps its meaning in later versions of timm."""
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -294,9 +294,9 @@ def _check_model_folder(name: str) -> None:
 def _with_weights(
     blank: nn.Module, found: str, source: dict[str, Any], options: dict[str, Any], name: str
 ) -> nn.Module:
-    """Return what timm makes of pretrained weights, each of which must come from their source.
+    """Return the network with pretrained weights; raise a ValueError if the source lacks any of them.
 
-    timm does not check that where the source has another number of classes, as it always has here.
+    timm does not check that if the source has another number of classes, which is always so here.
     """
     import timm
 
@@ -308,10 +308,10 @@ def _with_weights(
         raise ValueError(
             f"The weights of backbone {name!r} cannot be loaded into a network of this architecture: {error}"
         ) from error
-    # timm would keep a copy of all weights there.
+    # timm keeps a copy of all weights there.
     network.pretrained_cfg.pop("state_dict", None)
-    # Whatever reads and converts the weights, in the end it writes them into the network's tensors, which count how
-    # often they are written to.
+    # However timm reads and converts the weights, it finally writes them into the network's tensors, which count
+    # how often they are written to.
     unwritten = _versions(blank)
     untouched = [key for key, version in _versions(network).items() if version == unwritten.get(key, version)]
     if untouched:
@@ -332,9 +332,9 @@ def _versions(network: nn.Module) -> dict[str, int]:
 
 
 def _fitting_state(network: nn.Module, file: Path, name: str) -> dict[str, Tensor]:
-    """Return the state dict in a file that has all weights of `network`, and no others but a classifier's.
+    """Return the state dict in a file: all weights of `network`, and no others except those of a classifier.
 
-    Names may have prefixes from the modules around the network; what these hold beside it is left out.
+    Names may have prefixes from the modules around the network; other weights of these modules are ignored.
     """
     given = _read_state(file)
     own = {key: tuple(values.shape) for key, values in network.state_dict().items() if values.numel()}
@@ -388,7 +388,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 
 def _prefixes(names: Mapping[str, Any]) -> list[str]:
-    """Return what may be taken off these names: "", and prefixes that they begin with, alone and in a row."""
+    """Return the prefixes that may be removed from these names: "", and single and combined known prefixes."""
     found = {"": None}
     for name in names:
         rest = name
@@ -407,10 +407,10 @@ def _classifier_prefixes(network: nn.Module) -> tuple[str, ...]:
 def _differences(
     own: dict[str, tuple[int, ...]], state: dict[str, Tensor], classifier: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """Return in what a state dict differs from what a network needs, each kind of difference with its names."""
+    """Return the names that are missing, unexpected or of another shape in a state dict."""
     shapes = {key: tuple(values.shape) for key, values in state.items()}
     return {
-        # Batch norms count batches in training only, and older files lack the count.
+        # Older files lack the count of batches, which batch norm uses in training only.
         "missing": [key for key in own if key not in shapes and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in shapes if key not in own and not key.startswith(classifier)],
         "of another shape": [
@@ -420,9 +420,9 @@ def _differences(
 
 
 def _pretrained_source(name: str, download: bool) -> tuple[str, dict[str, Any]]:
-    """Return a name and an overlay of its configuration with which timm finds pretrained weights.
+    """Return a name, and an overlay of its configuration, by which timm loads the pretrained weights.
 
-    Left alone, timm asks the hub even for files in the cache, and tries for most of a minute without network.
+    By itself timm asks the hub even for files in the cache, and without a network it retries for most of a minute.
     """
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from timm.models import get_pretrained_cfg
@@ -453,7 +453,7 @@ def _pretrained_source(name: str, download: bool) -> tuple[str, dict[str, Any]]:
         if not isinstance(cached, str):
             continue
         if config is not None:
-            # timm's own format of most files on the hub, whatever the one at config.url has.
+            # Files on the hub are in timm's own format, even where the file at config.url is not.
             return name, {"file": cached, "custom_load": bool(config.hf_hub_filename and config.custom_load)}
         folder = Path(cached).parent
         if any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
@@ -463,7 +463,7 @@ def _pretrained_source(name: str, download: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _check_reachable(url: str, download: bool) -> None:
-    """Raise an OSError with the reason unless something answers at `url` soon, and may be asked."""
+    """Raise an OSError with the reason unless downloads are allowed and a server answers at `url` soon."""
     from huggingface_hub import constants
 
     if not download:
@@ -477,13 +477,13 @@ def _check_reachable(url: str, download: bool) -> None:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS):
                 failure.clear()
         except urllib.error.HTTPError:
-            failure.clear()  # an answer; what it means is for the download to say
+            failure.clear()  # an answer; the download will report what it means
         except Exception as error:
             failure[:] = [str(error)]
             if isinstance(getattr(error, "reason", None), ssl.SSLError):
-                failure.clear()  # an answer too; the hub's client may know certificates that Python does not
+                failure.clear()  # an answer too; the hub's client may have certificates that Python lacks
 
-    # In a thread, as no timeout covers the look-up of a name.
+    # In a thread, since no timeout covers the DNS lookup.
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS + 0.5)

@@ -1,24 +1,19 @@
-"""The feature cache: what was computed of an image once is read, not computed again.
+"""The feature cache: features that were computed before are read instead.
 
-Feature extractors describe images through `feature_matrix` and nothing else here. A row of the cache is a block of columns
-(a layer) of one image. Its key is the hash of the image's content and of the block's recipe, which is all else that
-decides the values.
+Feature extractors use `feature_matrix`, `check_cache` and `numerics`. A row of the cache is a block of columns (a
+layer) of one image. Its key is a hash of the image's content and of the block's recipe, which is all else that
+determines the values.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sqlite3
-import time
-import warnings
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import PIL
@@ -26,48 +21,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dfkde_sklearn._features.cache_stores import FILE_NAME, MEMORY, CacheSize, FolderStore, Row, Store
 from dfkde_sklearn._images import Images
-from dfkde_sklearn._threads import Lock
 
-Answer = TypeVar("Answer")
 Cache = bool | str | os.PathLike[str] | None
-Row = NDArray[np.float32]
-Rows = Mapping[bytes, Row]
-# What is computed: for some images and the positions of some blocks, batches of rows in the order of the images.
+# From images and the positions of blocks to batches of rows, in the order of the images.
 Compute = Callable[[Images, list[int]], Generator[NDArray[np.float32], None, None]]
 
-# The most that ``cache=True`` holds in memory, for all extractors of a process; what was not read for longest goes first.
-MEMORY_BYTES = 2**30
-# A dictionary entry, its key and the array's header.
-ENTRY_BYTES = 300
-
-FILE_NAME = "features.sqlite3"
-# "DFKD": tells our files from those of other programs.
-APPLICATION = 0x44464B44
-FORMAT = 1
-# Seconds to wait for other processes before going on without the cache.
-PATIENCE = 10.0
-# Images looked up at once, and keys in a query: SQLite has a bound on the latter.
+# Number of images that are looked up at once.
 CHUNK = 256
 
 
-class CacheSize(NamedTuple):
-    """What is in a cache.
-
-    Parameters
-    ----------
-    n_rows : int
-        Blocks of features: one for each image and layer.
-    n_bytes : int
-        Bytes in memory, or of the files.
-    """
-
-    n_rows: int
-    n_bytes: int
-
-
 def cache_size(cache: bool | str | os.PathLike[str] = True) -> CacheSize:
-    """Return how much a feature cache holds.
+    """Return the size of a feature cache.
 
     Parameters
     ----------
@@ -110,7 +76,7 @@ def cache_size(cache: bool | str | os.PathLike[str] = True) -> CacheSize:
 def clear_cache(cache: bool | str | os.PathLike[str] = True) -> None:
     """Empty a feature cache.
 
-    Other processes may use it at the same time: they compute anew what they do not find.
+    Other processes may use it at the same time: they compute missing features again.
 
     Parameters
     ----------
@@ -128,14 +94,14 @@ def clear_cache(cache: bool | str | os.PathLike[str] = True) -> None:
 
     See Also
     --------
-    cache_size : How much there is.
+    cache_size : Its size.
     """
     with _existing(cache) as store:
         store.clear()
 
 
 def check_cache(cache: Cache) -> None:
-    """Raise the error that `feature_matrix` would, before anything is computed.
+    """Raise the error that `feature_matrix` would raise, before anything is computed.
 
     Parameters
     ----------
@@ -157,7 +123,7 @@ def check_cache(cache: Cache) -> None:
 def feature_matrix(
     images: Images, widths: Sequence[int], recipes: Callable[[], Sequence[str]], compute: Compute, cache: Cache
 ) -> NDArray[np.float32]:
-    """Return the features of the images, from the cache where they are there, and computed where not.
+    """Return the features of the images: those in the cache are read, the others computed.
 
     Parameters
     ----------
@@ -166,10 +132,10 @@ def feature_matrix(
     widths : sequence of int
         Number of columns of each block.
     recipes : callable
-        Returns, for each block, all that decides its values beside the image. Called only with a cache.
+        Returns, for each block, all that determines its values except the image. Called only with a cache.
     compute : callable
         ``compute(images, blocks)`` yields batches of rows, float32, the columns of these blocks side by side. It is
-        called at most once, for the images and the blocks of which anything is missing, equal images counted once.
+        called at most once, for the images and the blocks with anything missing; of equal images for the first only.
     cache : bool, str, PathLike or None
         None or False computes everything; True keeps features in the memory of this process, up to
         `MEMORY_BYTES`; a folder keeps them there.
@@ -177,8 +143,7 @@ def feature_matrix(
     Returns
     -------
     ndarray of shape (n_images, sum of widths), float32
-        A row for each image. Computed batch by batch, each of which is kept at once: an error or a killed process
-        loses one batch.
+        A row for each image. Each batch is kept as soon as it is computed: an error or a killed process loses one.
 
     Raises
     ------
@@ -189,7 +154,7 @@ def feature_matrix(
     """
     edges = np.cumsum([0, *widths])
     features = np.empty((len(images), edges[-1]), np.float32)
-    # Closed at once, not when an error's traceback goes: a borrowed network waits to be given back.
+    # Closed at once, not when the traceback of an error is deleted: a user's network has to be given back.
     if not _is_used(cache):
         start = 0
         with closing(compute(images, list(range(len(widths))))) as batches:
@@ -205,7 +170,7 @@ def feature_matrix(
         return hashlib.sha256(recipe_digests[block] + digests[i]).digest()
 
     with _opened(cache) as store:
-        # Equal images together, those that lack a block.
+        # The indices of images that lack a block, equal images together.
         incomplete: dict[bytes, list[int]] = {}
         lacking: set[int] = set()
         for start in range(0, len(images), CHUNK):
@@ -237,7 +202,7 @@ def feature_matrix(
                         )
                     parts = np.split(row, inner)
                     computed.update((key(i, block), part) for block, part in zip(blocks, parts, strict=True))
-                # Not what was computed: another process may have been first, in another batch, rounded differently.
+                # Use what the cache holds now: another process may have been first, and its batch rounded differently.
                 kept = computed | dict(store.put(computed))
                 for i in in_batch:
                     for block in blocks:
@@ -247,7 +212,7 @@ def feature_matrix(
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """Return what decides the last digits of a feature beside its definition: for recipes.
+    """Return what determines the rounding of a feature, for recipes.
 
     Parameters
     ----------
@@ -276,7 +241,7 @@ def _is_used(cache: Cache) -> bool:
 
 
 class _Chosen(Images):
-    """Some of the images, with the names that they have among all."""
+    """A selection of images that keeps their names."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self._images, self._indices = images, indices
@@ -291,29 +256,12 @@ class _Chosen(Images):
         return self._images.name(self._indices[index])
 
 
-# Where rows are kept
-
-
-class _Store(Protocol):
-    """Rows by key. A row once put under a key stays, until it is cleared or, in memory, makes room."""
-
-    def get(self, keys: Collection[bytes]) -> Rows:
-        """Return the rows that are there."""
-
-    def put(self, rows: Rows) -> Rows:
-        """Keep rows where there are none, and return what is there under these keys."""
-
-    def size(self) -> CacheSize: ...
-
-    def clear(self) -> None: ...
-
-
 @contextmanager
-def _opened(cache: Cache) -> Iterator[_Store]:
+def _opened(cache: Cache) -> Iterator[Store]:
     if not isinstance(cache, str | os.PathLike):
-        yield _memory
+        yield MEMORY
         return
-    store = _Folder(Path(cache))
+    store = FolderStore(Path(cache))
     try:
         yield store
     finally:
@@ -321,304 +269,10 @@ def _opened(cache: Cache) -> Iterator[_Store]:
 
 
 @contextmanager
-def _existing(cache: Cache) -> Iterator[_Store]:
+def _existing(cache: Cache) -> Iterator[Store]:
     if not _is_used(cache):
         raise ValueError(f"cache={cache!r} is none: True is the memory of this process; else give a folder.")
     if isinstance(cache, str | os.PathLike) and not Path(cache, FILE_NAME).is_file():
         raise FileNotFoundError(f"cache={os.fspath(cache)!r}: there is no {FILE_NAME} in this folder.")
     with _opened(cache) as store:
         yield store
-
-
-class _Memory:
-    """Rows in the memory of this process, the most recently read last."""
-
-    def __init__(self) -> None:
-        self._rows: OrderedDict[bytes, Row] = OrderedDict()
-        self._n_bytes = 0
-        self._lock = Lock()
-
-    def get(self, keys: Collection[bytes]) -> Rows:
-        with self._lock:
-            found = {key: self._rows[key] for key in keys if key in self._rows}
-            for key in found:
-                self._rows.move_to_end(key)
-            return found
-
-    def put(self, rows: Rows) -> Rows:
-        with self._lock:
-            for key, row in rows.items():
-                if key not in self._rows:
-                    # A copy: the row is a view of its batch, and would keep all of it.
-                    self._rows[key] = row.copy()
-                    self._n_bytes += row.nbytes + ENTRY_BYTES
-            kept = {key: self._rows[key] for key in rows}
-            while self._n_bytes > MEMORY_BYTES:
-                self._n_bytes -= self._rows.popitem(last=False)[1].nbytes + ENTRY_BYTES
-            return kept
-
-    def size(self) -> CacheSize:
-        with self._lock:
-            return CacheSize(len(self._rows), self._n_bytes)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._rows.clear()
-            self._n_bytes = 0
-
-
-_memory = _Memory()
-
-
-class _Folder:
-    """Rows in an SQLite file in a folder, for any number of processes of one machine.
-
-    Nothing that happens to the file makes a result wrong or loses it: each row has a checksum, and where the file
-    cannot be read or written, a warning says so and the features are computed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / FILE_NAME
-        self._connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None
-        self._usable = True
-        _check_writable(folder, self._file)
-
-    def get(self, keys: Collection[bytes]) -> Rows:
-        return self._asked(lambda connection: self._read(connection, list(keys)), {})
-
-    def put(self, rows: Rows) -> Rows:
-        def write(connection: sqlite3.Connection) -> Rows:
-            with _transaction(connection):
-                sealed = [(key, _sealed(key, row)) for key, row in rows.items()]
-                connection.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", sealed)
-            return self._read(connection, list(rows))
-
-        return self._asked(write, {})
-
-    def size(self) -> CacheSize:
-        def count(connection: sqlite3.Connection) -> int:
-            return int(connection.execute("SELECT count(*) FROM features").fetchone()[0])
-
-        n_rows = self._asked(count, 0)
-        files = [self._file, *self._beside()]
-        return CacheSize(n_rows, sum(file.stat().st_size for file in files if file.exists()))
-
-    def clear(self) -> None:
-        try:
-            self._connection = self._connected()
-            self._connection.execute("DELETE FROM features")
-            # Without this the file keeps its size.
-            self._connection.execute("VACUUM")
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            self.close()
-            if _is_damage(error):
-                self._set_aside(error)
-            elif _primary_code(error) in _NO_SPACE and self._has_our_header():
-                # Even to delete rows SQLite has to write; other processes go on with what they have open.
-                self._remove()
-            else:
-                raise OSError(
-                    f"{self._file} cannot be emptied: {error}. Where no process uses it, delete the folder."
-                ) from error
-            # An empty cache in its place, as everywhere else.
-            self.get([])
-
-    def close(self) -> None:
-        if self._connection is not None:
-            with suppress(sqlite3.Error):
-                self._connection.close()
-            self._connection = None
-
-    def _asked(self, question: Callable[[sqlite3.Connection], Answer], otherwise: Answer) -> Answer:
-        """Return the answer of the file, or, with a warning, `otherwise` where it cannot be had."""
-        if not self._usable:
-            return otherwise
-        try:
-            if self._connection is None:
-                self._connection = self._connected()
-            return question(self._connection)
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            self.close()
-            if _is_damage(error):
-                self._set_aside(error)
-            else:
-                self._give_up(error)
-            return otherwise
-
-    def _connected(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._file, timeout=PATIENCE, isolation_level=None)
-        # A damaged row may say that it is text, and need not be any.
-        connection.text_factory = bytes
-        try:
-            self._identity = _identity(self._file)
-            # In one transaction: another process may just be making the file.
-            connection.execute("BEGIN")
-            application, version, n_tables = (
-                int(connection.execute(query).fetchone()[0])
-                for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-            )
-            connection.execute("COMMIT")
-            if application != APPLICATION and (application or n_tables):
-                raise ValueError(
-                    f"cache: {self._file} is an SQLite file of another program. Give another folder, or move the file."
-                )
-            if version > FORMAT:
-                raise ValueError(
-                    f"cache: {self._file} is of a newer version (its format is {version}, and this is dfkde-sklearn "
-                    f"with format {FORMAT}). Update dfkde-sklearn, or give another folder."
-                )
-            try:
-                # Readers and a writer then do not wait for each other.
-                connection.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                # Another process is at it; the next connection will find it done.
-                if _primary_code(error) != sqlite3.SQLITE_BUSY:
-                    raise
-            connection.execute("PRAGMA synchronous = NORMAL")
-            if not n_tables:
-                with _transaction(connection):
-                    connection.execute(f"PRAGMA application_id = {APPLICATION}")
-                    connection.execute(f"PRAGMA user_version = {FORMAT}")
-                    connection.execute("CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, row BLOB NOT NULL)")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _read(self, connection: sqlite3.Connection, keys: list[bytes]) -> Rows:
-        rows, damaged = {}, []
-        for start in range(0, len(keys), CHUNK):
-            part = keys[start : start + CHUNK]
-            query = f"SELECT rowid, key, row FROM features WHERE key IN ({','.join('?' * len(part))})"
-            for number, key, sealed in connection.execute(query, part):
-                row = _unsealed(key, sealed)
-                if row is None:
-                    damaged.append((number,))
-                else:
-                    rows[key] = row
-        if damaged:
-            warnings.warn(
-                f"The feature cache {self._file}: {len(damaged)} of {len(keys)} entries asked for are damaged. They "
-                "are computed again. Look after the disk.",
-                UserWarning,
-                stacklevel=2,
-            )
-            with _transaction(connection):
-                connection.executemany("DELETE FROM features WHERE rowid = ?", damaged)
-        return rows
-
-    def _set_aside(self, error: Exception) -> None:
-        """Rename a damaged file, so that the next question makes a new one; unless another process has done so."""
-        aside = self._file.with_name(f"{FILE_NAME}.damaged-{time.time_ns()}")
-        try:
-            if _identity(self._file) != self._identity:
-                return
-            self._remove_beside()
-            self._file.replace(aside)
-        except OSError as failure:
-            self._give_up(failure)
-            return
-        warnings.warn(
-            f"The feature cache {self._file} is damaged ({error}). Its file is now {aside}, which may be deleted; "
-            "features are computed again and kept in a new file.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-    def _give_up(self, error: Exception) -> None:
-        self._usable = False
-        warnings.warn(
-            f"The feature cache {self._file} cannot be used ({error}). Features are computed and not kept.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-    def _has_our_header(self) -> bool:
-        """Return whether the file says that it is ours, where SQLite cannot be asked."""
-        with self._file.open("rb") as file:
-            return file.read(72)[68:] == APPLICATION.to_bytes(4, "big")
-
-    def _remove(self) -> None:
-        self._remove_beside()
-        self._file.unlink(missing_ok=True)
-
-    def _remove_beside(self) -> None:
-        """Remove what SQLite would apply to a new file of that name; so before the file goes."""
-        for file in self._beside():
-            file.unlink(missing_ok=True)
-
-    def _beside(self) -> list[Path]:
-        """Return the paths of SQLite's log and of its index."""
-        return [self._file.with_name(FILE_NAME + suffix) for suffix in ("-wal", "-shm")]
-
-
-def _check_writable(folder: Path, file: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"cache={str(folder)!r} is a file. Give a folder; it is made where there is none.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"cache={str(folder)!r}: the folder cannot be made: {error}. Give another.") from error
-    for path in (folder, file):
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(
-                f"cache={str(folder)!r}: {path} cannot be written to. Give another folder, or cache=True for memory."
-            )
-
-
-def _identity(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_dev, status.st_ino
-
-
-# What SQLite says where there is no room for its log, nor for the index of that.
-_NO_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
-# What it says of a damaged file: SQLITE_ERROR where the schema is no longer that for which our statements are written,
-# SQLITE_READONLY where its header says so (permissions were looked at before).
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_READONLY)
-
-
-def _is_damage(error: Exception) -> bool:
-    """Return whether the file itself is at fault, and not the disk, a lock or a permission."""
-    # Messages quote the schema, and sqlite3 fails to decode a quotation that is damaged.
-    return isinstance(error, UnicodeDecodeError) or _primary_code(error) in _DAMAGE
-
-
-def _primary_code(error: Exception) -> int:
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        with suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _checksum(key: bytes, values: bytes) -> bytes:
-    # With the key, so that a row in another's place is found out too.
-    return zlib.crc32(values, zlib.crc32(key)).to_bytes(4, "little")
-
-
-def _sealed(key: bytes, row: Row) -> bytes:
-    values = row.astype("<f4").tobytes()
-    return _checksum(key, values) + values
-
-
-def _unsealed(key: Any, sealed: Any) -> Row | None:
-    """Return the row, or None where it is not what was written."""
-    if (
-        not isinstance(key, bytes)
-        or not isinstance(sealed, bytes)
-        or len(sealed) % 4
-        or sealed[:4] != _checksum(key, sealed[4:])
-    ):
-        return None
-    return np.frombuffer(sealed, "<f4", offset=4)

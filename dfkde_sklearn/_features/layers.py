@@ -1,4 +1,4 @@
-"""What the layers of a network return: read in a forward pass, found out by blank images, pooled to one vector."""
+"""Outputs of layers: read in a forward pass, their format determined by blank images, pooled to one vector."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkde_sklearn._threads import Lock
 
-# On CPUs, bytes that one tensor may take in a forward pass. The C library maps large blocks of memory anew in each
-# call, from 32 MiB on at the latest, and the page faults cost more than the arithmetic: benchmarks/micro_batches.py.
+# Maximum size of a tensor in a forward pass on a CPU. The C library maps large blocks of memory again in each call, at
+# the latest from 32 MiB on, and the page faults cost more than the arithmetic: benchmarks/micro_batches.py.
 MAX_ACTIVATION_BYTES = 20 * 2**20
-# Formats kept of networks that were looked at, which a search asks for again in every fold.
+# Number of networks whose formats are kept: a search needs them again in every fold.
 MAX_FORMATS = 64
 _formats: OrderedDict[tuple[Any, ...], tuple[list[LayerFormat], int]] = OrderedDict()
-_looking = Lock()
+_FORMATS_LOCK = Lock()
 
 
 class LayersRead(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward pass once every layer asked for has returned."""
+    """Ends a forward pass when all needed layers have returned."""
 
 
 class LayerFormat(NamedTuple):
@@ -38,7 +38,7 @@ class LayerFormat(NamedTuple):
     axes : str
         "NC", "NCHW", "NHWC", "NLC" or "NCL"; L are tokens.
     prefix_tokens : int
-        Class and register tokens, which come first: as many as do not grow with the image.
+        Number of class and register tokens, which come first: those whose number does not grow with the image.
     width : int
         Length of the axis C.
     """
@@ -55,7 +55,7 @@ def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Ca
 
     def hook_for(layer: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:  # noqa: ARG001
-            # Named backbones are shared: another thread's pass through this one is none of ours.
+            # Named backbones are shared: ignore the forward passes of other threads.
             if threading.get_ident() == thread:
                 visit(layer, output)
 
@@ -78,7 +78,7 @@ def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Ca
 
 
 def micro_batch_size(network: nn.Module, batch: Tensor, activation_bytes: int) -> int:
-    """Return the number of images of a batch that a forward pass takes at once where that is fastest.
+    """Return the number of images that a forward pass should take at once.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def micro_batch_size(network: nn.Module, batch: Tensor, activation_bytes: int) -
     batch : Tensor of shape (n, ...)
         The images.
     activation_bytes : int
-        Bytes for an image of the largest tensor in the pass.
+        Bytes per image of the largest tensor in the pass.
     """
     if _weight(network, batch).device.type != "cpu":
         return max(1, len(batch))
@@ -95,13 +95,13 @@ def micro_batch_size(network: nn.Module, batch: Tensor, activation_bytes: int) -
 
 
 def _weight(network: nn.Module, default: Tensor) -> Tensor:
-    """Return a tensor of the network in whose dtype and on whose device it computes."""
+    """Return a tensor of the network, for the dtype and the device that it computes in."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that an operation of this thread makes."""
+    """Records the size of the largest tensor that an operation of this thread returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        # A view, such as of a weight that is transposed, takes no memory.
+        # A view, such as a transposed weight, takes no memory.
         given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
         for value in output if isinstance(output, tuple | list) else [output]:
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in given:
@@ -118,7 +118,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 def embedding(network: nn.Module, batch: Tensor) -> Any:
-    """Return what timm's models return with ``num_classes=0``, also for one that has its classifier."""
+    """Return the output of a network, for timm's models without the classifier."""
     timm_model: Any = network
     if hasattr(timm_model, "forward_head") and getattr(timm_model, "num_classes", None):
         return timm_model.forward_head(timm_model.forward_features(batch), pre_logits=True)
@@ -132,8 +132,8 @@ def pooled(output: Tensor, axes: str, prefix_tokens: int, pooling: str) -> Tenso
     if axes == "NC":
         return output.flatten(1)
     positions = output.movedim(axes.index("C"), 1).flatten(2)[..., prefix_tokens:]
-    # Axes are kept and then flattened: from a graph that drops one in a reduction, and subtracts a constant next,
-    # OpenVINO 2026.4 computes something else.
+    # Axes are kept and then flattened: if a graph drops an axis in a reduction and then subtracts a constant,
+    # OpenVINO 2026.4 gives wrong results.
     if pooling == "avg":
         vectors = positions.mean(-1, keepdim=True)
     elif pooling == "max":
@@ -168,11 +168,11 @@ def layer_formats(
 ) -> tuple[list[LayerFormat], int]:
     """Return the format of each layer's output, [] being the embedding, and the bytes of the largest activation.
 
-    Both are found out by forward passes of blank images; the bytes are those for an image.
-    What was found out of a network is known from then on by its fingerprint.
+    Both come from forward passes of blank images; the bytes are per image. The result is kept under the fingerprint of
+    the network.
     """
     key = (fingerprint, *layers, *size)
-    with _looking:
+    with _FORMATS_LOCK:
         if key not in _formats:
             _formats[key] = _found_formats(network, layers, size, name)
             if len(_formats) > MAX_FORMATS:
@@ -232,7 +232,7 @@ def _found_formats(
 
 
 def _output_shapes(network: nn.Module, layers: list[str], size: tuple[int, int]) -> dict[str, list[Any]]:
-    """Return what each layer returns for two blank images, time by time: a shape, or the name of a type."""
+    """Return for each layer what each of its calls returns for two blank images: a shape, or the name of a type."""
     shapes: dict[str, list[Any]] = {layer: [] for layer in layers or [""]}
 
     def note(layer: str, output: Any) -> None:
@@ -243,16 +243,16 @@ def _output_shapes(network: nn.Module, layers: list[str], size: tuple[int, int])
 
 
 def _n_wide_axes(shape: tuple[int, ...]) -> int:
-    """Count the axes beside the first that are longer than 1: no more than one is a vector for each image."""
+    """Return the number of axes after the first that are longer than 1; 0 or 1 means one vector for each image."""
     return sum(length > 1 for length in shape[1:])
 
 
 def _axes_by_growth(
     network: nn.Module, shape: tuple[int, ...], taller: tuple[int, ...], height: int, width: int
 ) -> tuple[str | None, int | None]:
-    """Return axes and prefix tokens of an output from its shape for an image and for one twice as tall.
+    """Return axes and prefix tokens of an output, from its shapes for an image and for one twice as tall.
 
-    There are as many channels, and as many prefix tokens, for every size of image.
+    The numbers of channels and of prefix tokens do not depend on the size of the image.
     """
     grown = tuple(axis for axis in range(len(shape)) if shape[axis] != taller[axis])
     named = {"NCHW": (4, 2), "NHWC": (4, 1), "NLC": (3, 1), "NCL": (3, 2)}
@@ -264,12 +264,12 @@ def _axes_by_growth(
     stated = getattr(network, "num_prefix_tokens", None)
     if constant == stated:
         return axes, stated
-    # A grid that does not double exactly, as of overlapping patches, leaves a constant as well.
+    # A grid that does not double exactly, such as that of overlapping patches, leaves a constant too.
     return axes, _prefix_tokens(length, {0, constant if stated is None else stated}, height, width)
 
 
 def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width: int) -> tuple[str | None, int | None]:
-    """Return axes and prefix tokens of an output of a network that takes images of one size only."""
+    """Return axes and prefix tokens of an output, for a network that takes images of one size only."""
     if len(shape) == 4:
         maps = {"NCHW": shape[2:], "NHWC": shape[1:3]}
         proportional = [axes for axes, (h, w) in maps.items() if h * width == w * height]
@@ -291,22 +291,22 @@ def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width
     if length in n_patches:
         return axes, 0
     if stated is None:
-        # Of several numbers of patches the largest that the tokens can hold.
+        # Of several numbers of patches, the largest that fits.
         stated = length - max((n for n in n_patches if n < length <= 2 * n), default=length)
     elif length - stated in n_patches:
         return axes, stated
-    # Merged patches are fewer than all.
+    # Merging leaves fewer patches.
     return axes, _prefix_tokens(length, {0, stated}, height, width)
 
 
 def _prefix_tokens(length: int, candidates: set[int], height: int, width: int) -> int | None:
-    """Return the one of several numbers of prefix tokens that leaves a grid of patches, None if it is not certain."""
+    """Return the number of prefix tokens, among `candidates`, that leaves a grid of patches; None if uncertain."""
     fitting = [n for n in candidates if 0 <= n < length and _is_grid(length - n, height, width)]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _is_grid(n_positions: int, height: int, width: int) -> bool:
-    """Return whether so many positions can be rows and columns in the proportions of an image, but for rounding."""
+    """Return whether `n_positions` can form a grid with the proportions of the image, up to rounding."""
     return any(
         n_positions % rows == 0 and abs(n_positions // rows - rows * width / height) < 1
         for rows in range(1, n_positions + 1)
@@ -314,7 +314,7 @@ def _is_grid(n_positions: int, height: int, width: int) -> bool:
 
 
 def _convolved_positions(network: nn.Module, height: int, width: int) -> set[int]:
-    """Return the numbers of positions in the outputs of the network's convolutions, patch embeddings among them."""
+    """Return the numbers of positions in the outputs of the network's convolutions, including patch embeddings."""
     convolutions = [name for name, module in network.named_modules() if name and isinstance(module, nn.Conv2d)]
     if not convolutions:
         return set()
@@ -323,7 +323,7 @@ def _convolved_positions(network: nn.Module, height: int, width: int) -> set[int
 
 
 def _token_widths(network: nn.Module) -> list[Any]:
-    """Return the numbers of channels that a network's tokens may have."""
+    """Return the possible numbers of channels of a network's tokens."""
     widths = [getattr(network, "embed_dim", None), getattr(network, "num_features", None)]
     widths += [info.get("num_chs") for info in getattr(network, "feature_info", None) or []]
     return widths + [module.normalized_shape[-1] for module in network.modules() if isinstance(module, nn.LayerNorm)]

@@ -1,6 +1,5 @@
 """Exported detectors: ONNX Runtime, OpenVINO and torch.export against the detector, whatever the number of rows."""
 
-import copy
 import sys
 
 import numpy as np
@@ -10,8 +9,7 @@ from scipy.stats import gaussian_kde
 from sklearn.preprocessing import FunctionTransformer
 
 from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
-from dfkde_sklearn._deploy.export import Preprocessing
-from dfkde_sklearn._deploy.model import NetworkFeatures
+from dfkde_sklearn._deploy.preprocessing import Preprocessing
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -331,13 +329,13 @@ def test_an_export_leaves_the_backbone_as_it_was(detector, tmp_path):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
-@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("crop", ["center", "squash"])
 @pytest.mark.parametrize("shape", [(70, 60), (160, 160), (168, 300), (401, 333)])
-def test_exported_preprocessing_is_timms_to_the_pixel(interpolation, crop_mode, shape):
-    fitted = extractor().fit(pictures(1))
-    fitted.interpolation_, fitted.crop_mode_ = interpolation, crop_mode
+def test_exported_preprocessing_is_timms_to_the_pixel(interpolation, crop, shape):
+    fitted = extractor(crop=crop).fit(pictures(1))
+    fitted.interpolation_ = interpolation
     noise = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
-    expected = NetworkFeatures(fitted).read_images(noise)
+    expected = fitted.as_module().read_images(noise)
     torch.testing.assert_close(Preprocessing(fitted, shape)(torch.from_numpy(noise)), expected, rtol=0, atol=1e-6)
 
 
@@ -350,9 +348,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, detector):
         DFKDEDetector(scattering, n_components=3).fit(pictures(10)).to_pt2(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="no images to resize"):
         DFKDEDetector(n_components=3).fit(rows(20)).to_pt2(tmp_path / "model.pt2", image_shape=(30, 30))
-    bordered = copy.deepcopy(detector)
-    bordered.features_.crop_mode_ = "border"
-    with pytest.raises(ValueError, match="pads its images"):
+    bordered = DFKDEDetector(extractor(crop="border"), n_components=3).fit(pictures(10))
+    with pytest.raises(ValueError, match="crop='border' pads its images"):
         bordered.to_pt2(tmp_path / "model.pt2", image_shape=(70, 60))
     with pytest.raises(ValueError, match=r"image_shape=\(0, 60\)"):
         detector.to_pt2(tmp_path / "model.pt2", image_shape=(0, 60))

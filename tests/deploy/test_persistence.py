@@ -121,6 +121,8 @@ def test_names_of_columns_are_kept(tmp_path):
     "extractor",
     [
         lambda: tiny(layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48), white_level=4095),
+        lambda: tiny(layers=["layer1"], crop="center"),
+        lambda: tiny(layers=["layer1"], crop="border"),
         lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32, white_level=4095),
     ],
 )
@@ -141,7 +143,7 @@ def test_the_header_says_what_the_file_needs(tmp_path):
     detector = DFKDEDetector(tiny(layers="layer2"), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     header = header_of(tmp_path / "d")
-    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 1)
+    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 2)
     assert header["versions"].keys() >= {"dfkde-sklearn", "numpy", "scikit-learn", "timm", "torch", "python"}
     fitted = header["extractor"]["fitted"]
     assert fitted["backbone_name_"] == detector.features_.backbone_name_
@@ -219,8 +221,15 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_newer_format_is_refused_with_the_way_out(tmp_path):
     small_file(tmp_path / "d")
-    rewrite(tmp_path / "d", format_version=2)
-    with pytest.raises(ValueError, match=r"format version 2.*reads up to 1\. Install a newer one"):
+    rewrite(tmp_path / "d", format_version=3)
+    with pytest.raises(ValueError, match=r"format version 3.*reads up to 2\. Install a newer one"):
+        DFKDEDetector.load(tmp_path / "d")
+
+
+def test_the_format_before_the_first_release_is_refused_with_the_way_out(tmp_path):
+    small_file(tmp_path / "d")
+    rewrite(tmp_path / "d", format_version=1)
+    with pytest.raises(ValueError, match=r"format version 1.*Fit the detector again"):
         DFKDEDetector.load(tmp_path / "d")
 
 
@@ -312,6 +321,8 @@ def stage_file(path, extractor):
     ("part", "name", "value", "message"),
     [
         ("fitted", "crop_pct_", 0, "crop_pct_ of TimmFeatures is 0"),
+        ("fitted", "crop_mode_", "circle", "crop_mode_ of TimmFeatures is 'circle'"),
+        ("parameters", "crop", "circle", "crop"),
         ("fitted", "mean_", {"tuple": [float("nan"), 0.5, 0.5]}, "mean_"),
         ("fitted", "std_", {"tuple": [0.0, 0.5, 0.5]}, "std_"),
         ("fitted", "input_size_", {"tuple": [64]}, "input_size_"),

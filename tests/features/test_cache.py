@@ -28,14 +28,12 @@ from dfkde_sklearn import (
     DFKDEDetector,
     ScatteringFeatures,
     TimmFeatures,
-    _backbones,
-    _cache,
     _images,
-    _scattering,
     cache_size,
     clear_cache,
 )
 from dfkde_sklearn._cli.main import main
+from dfkde_sklearn._features import backbones, cache_stores, scattering
 from dfkde_sklearn._features.backbones import Backbone
 from dfkde_sklearn._images import as_images
 
@@ -284,7 +282,7 @@ def test_scattering_features_are_read_bit_for_bit(cache, paths, monkeypatch):
     features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=cache, device="cpu").fit(paths)
     first = features.transform(paths)
     np.testing.assert_array_equal(first, clone(features).set_params(cache=None).fit(paths).transform(paths))
-    monkeypatch.setattr(_scattering, "scattering_coefficients", None)
+    monkeypatch.setattr(scattering, "scattering_coefficients", None)
     np.testing.assert_array_equal(features.transform(paths[::-1]), first[::-1])
 
 
@@ -464,7 +462,7 @@ def test_what_decides_the_outputs_of_a_network_decides_its_fingerprint(one, othe
 def test_a_named_backbone_is_looked_at_once(paths, monkeypatch):
     features = TimmFeatures("test_resnet", pretrained=False, random_state=0, device="cpu", cache=True).fit(paths)
     first = features.transform(paths)
-    monkeypatch.setattr(_backbones, "weights_hash", None)
+    monkeypatch.setattr(backbones, "weights_hash", None)
     np.testing.assert_array_equal(clone(features).fit_transform(paths), first)
 
 
@@ -500,15 +498,22 @@ def test_other_parameters_miss(cache, paths, parameters):
         {"std": (0.1, 0.2, 0.3)},
         {"interpolation": "bilinear"},
         {"crop_pct": 0.5},
-        {"crop_mode": "squash"},
     ],
     ids=str,
 )
 def test_other_preprocessing_misses(cache, paths, config):
     network = Network()
-    n_computed(extractor(network, cache=cache), paths)
+    n_computed(extractor(network, cache=cache, crop="center"), paths)
     network.pretrained_cfg |= config
-    assert n_computed(extractor(network, cache=cache), paths) == N
+    assert n_computed(extractor(network, cache=cache, crop="center"), paths) == N
+
+
+@pytest.mark.parametrize("crop", ["center", "border"])
+def test_another_crop_misses(cache, paths, crop):
+    network = Network()
+    n_computed(extractor(network, cache=cache), paths)
+    assert n_computed(extractor(network, cache=cache, crop=crop), paths) == N
+    assert n_computed(extractor(network, cache=cache), paths) == 0
 
 
 @pytest.mark.parametrize("name", ["torch.__version__", "PIL.__version__", "dfkde_sklearn.__version__"])
@@ -516,6 +521,19 @@ def test_other_versions_miss(cache, paths, name, monkeypatch):
     n_computed(extractor(cache=cache), paths)
     monkeypatch.setattr(name, "0.0.1")
     assert n_computed(extractor(cache=cache), paths) == N
+
+
+@pytest.mark.parametrize("attribute", ["layer_formats_", "layer_prefix_tokens_"])
+def test_a_layer_read_in_another_way_misses(cache, paths, attribute):
+    features = extractor(layers=["first"], cache=cache).fit(paths)
+    expected = features.transform(paths)
+    setattr(features, attribute, {"layer_formats_": ["NHWC"], "layer_prefix_tokens_": [1]}[attribute])
+    n_runs = features.backbone.first.n_runs
+    if attribute == "layer_formats_":
+        features.layer_widths_ = [features.backbone.first(torch.zeros(1, 3, 16, 16)).shape[-1]]
+        n_runs += 1
+    assert not np.array_equal(features.transform(paths), expected)
+    assert features.backbone.first.n_runs > n_runs
 
 
 def test_other_arithmetic_misses(cache, paths):
@@ -583,7 +601,7 @@ features.fit_transform(sys.argv[2:])
         n_computed.append(len(batch))
         return whole(batch, *arguments)
 
-    monkeypatch.setattr(_scattering, "scattering_coefficients", counted)
+    monkeypatch.setattr(scattering, "scattering_coefficients", counted)
     with no_warning():
         found = features.set_params(cache=folder).transform(paths)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -645,7 +663,7 @@ def damage(file, how):
 def test_a_damaged_file_is_reported_and_replaced(how, paths, tmp_path):
     features = extractor(cache=tmp_path).fit(paths)
     first = features.transform(paths)
-    damage(tmp_path / _cache.FILE_NAME, how)
+    damage(tmp_path / cache_stores.FILE_NAME, how)
     with pytest.warns(UserWarning, match=r"damaged .*Its file is now .*damaged-\d+, which may be deleted"):
         found = features.transform(paths)
     np.testing.assert_array_equal(found, first)
@@ -661,7 +679,7 @@ def test_a_damaged_file_is_reported_and_replaced(how, paths, tmp_path):
 def test_an_emptied_file_is_filled_again(paths, tmp_path):
     features = extractor(cache=tmp_path).fit(paths)
     first = features.transform(paths)
-    damage(tmp_path / _cache.FILE_NAME, "empty")
+    damage(tmp_path / cache_stores.FILE_NAME, "empty")
     with no_warning():
         np.testing.assert_array_equal(features.transform(paths), first)
     assert cache_size(tmp_path).n_rows == 3 * N
@@ -679,7 +697,7 @@ def test_an_emptied_file_is_filled_again(paths, tmp_path):
 def test_a_damaged_row_is_reported_and_computed_again(statement, paths, tmp_path):
     features = extractor(cache=tmp_path).fit(paths)
     first = features.transform(paths)
-    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(tmp_path / cache_stores.FILE_NAME)) as connection:
         connection.execute(statement)
         connection.commit()
     n_seen = features.backbone.n_seen
@@ -695,7 +713,7 @@ def folder_call(folder, call):
     """Ask a folder as a feature extractor does; return the answer, and how often it warned."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        store = _cache._Folder(folder)
+        store = cache_stores.FolderStore(folder)
         try:
             answer = call(store)
         finally:
@@ -711,12 +729,12 @@ ROWS = {bytes([i]) * 32: np.random.default_rng(i).normal(size=6).astype(np.float
 def cache_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     folder_call(folder, lambda store: store.put(ROWS))
-    return (folder / _cache.FILE_NAME).read_bytes()
+    return (folder / cache_stores.FILE_NAME).read_bytes()
 
 
 def check_damaged_cache(content, folder):
     """Check that a damaged file gives no wrong row, and that what it lost is kept again from then on."""
-    (folder / _cache.FILE_NAME).write_bytes(content)
+    (folder / cache_stores.FILE_NAME).write_bytes(content)
     try:
         for _ in range(3):
             for call in (lambda store: store.get(list(ROWS)), lambda store: store.put(ROWS)):
@@ -814,7 +832,7 @@ def test_a_cache_on_a_full_disk_is_emptied(tmp_path):
 
 
 def test_a_file_of_another_program_is_not_removed_on_a_full_disk(tmp_path):
-    file = tmp_path / _cache.FILE_NAME
+    file = tmp_path / cache_stores.FILE_NAME
     with contextlib.closing(sqlite3.connect(file)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("CREATE TABLE letters (text)")
@@ -836,9 +854,9 @@ def test_a_full_disk_costs_the_cache_and_not_the_result(images, tmp_path):
 
 
 def test_a_locked_file_is_waited_for_only_so_long(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(_cache, "PATIENCE", 0.05)
+    monkeypatch.setattr(cache_stores, "PATIENCE", 0.05)
     features = extractor(cache=tmp_path).fit(images)
-    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(tmp_path / cache_stores.FILE_NAME)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.warns(UserWarning, match=r"cannot be used \(database is locked\)"):
             found = features.transform(images)
@@ -849,7 +867,7 @@ def test_a_locked_file_is_waited_for_only_so_long(images, tmp_path, monkeypatch)
 
 
 def test_a_file_of_another_program_is_left_alone(images, tmp_path):
-    file = tmp_path / _cache.FILE_NAME
+    file = tmp_path / cache_stores.FILE_NAME
     with contextlib.closing(sqlite3.connect(file)) as connection:
         connection.execute("CREATE TABLE letters (text)")
     content = file.read_bytes()
@@ -862,12 +880,12 @@ def test_a_file_of_another_program_is_left_alone(images, tmp_path):
 def test_a_cache_of_a_newer_version_is_refused_and_left_alone(images, tmp_path):
     features = extractor(cache=tmp_path).fit(images)
     features.transform(images)
-    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(tmp_path / cache_stores.FILE_NAME)) as connection:
         connection.execute("PRAGMA user_version = 7")
     for call in (features.fit, features.transform, lambda _: clear_cache(tmp_path)):
         with pytest.raises(ValueError, match=r"newer version \(its format is 7.*Update dfkde-sklearn"):
             call(images)
-    with contextlib.closing(sqlite3.connect(tmp_path / _cache.FILE_NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(tmp_path / cache_stores.FILE_NAME)) as connection:
         assert connection.execute("SELECT count(*) FROM features").fetchone() == (3 * N,)
 
 
@@ -909,8 +927,8 @@ def test_size_is_counted_and_cleared(cache, images):
 
 
 def test_memory_is_bounded_and_keeps_what_was_read_last(images, monkeypatch):
-    one_row = 4 * 4 + _cache.ENTRY_BYTES
-    monkeypatch.setattr(_cache, "MEMORY_BYTES", 10 * one_row)
+    one_row = 4 * 4 + cache_stores.ENTRY_BYTES
+    monkeypatch.setattr(cache_stores, "MEMORY_BYTES", 10 * one_row)
     features = extractor(layers=["first"], cache=True)
     assert n_computed(features, images[:10]) == 10
     assert n_computed(features, images[:5]) == 0

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dfkde_sklearn._features import backbones
-from dfkde_sklearn._features.network import TimmFeatures, image_transform
+from dfkde_sklearn._features.network import TimmFeatures
 
 REAL_WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
 
@@ -67,8 +67,11 @@ def seeded(build, seed=0):
         return build().eval()
 
 
-def timm_inputs(network, images, **config):
+def timm_inputs(network, images, crop="squash", **config):
     """Return what timm's own transform makes of the images."""
+    config["crop_mode"] = crop
+    if crop != "center":
+        config["crop_pct"] = 1.0
     transform = create_transform(**resolve_model_data_config(network, args=config), is_training=False)
     return torch.stack([transform(Image.fromarray(image)) for image in images])
 
@@ -98,6 +101,7 @@ class Input(nn.Module):
         return batch.flatten(1)
 
 
+@pytest.mark.parametrize("crop", ["squash", "center", "border"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -108,7 +112,7 @@ class Input(nn.Module):
             "std": (0.2, 0.3, 0.4),
             "interpolation": "bilinear",
         },
-        {"input_size": (3, 32, 32), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "nearest"},
+        {"input_size": (3, 32, 32), "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "nearest"},
         {
             "input_size": (3, 30, 30),
             "crop_pct": 0.9,
@@ -118,11 +122,37 @@ class Input(nn.Module):
         },
     ],
 )
-def test_network_sees_exactly_what_timm_s_transform_makes_of_the_image(config, images):
+def test_network_sees_exactly_what_timm_s_transform_makes_of_the_image(config, crop, images):
     network = Input(**config)
-    expected = timm_inputs(network, images).flatten(1)
-    np.testing.assert_array_equal(tiny(network).fit_transform(images), expected)
-    np.testing.assert_array_equal(tiny(network).fit_transform([Image.fromarray(i) for i in images]), expected)
+    expected = timm_inputs(network, images, crop).flatten(1)
+    np.testing.assert_array_equal(tiny(network, crop=crop).fit_transform(images), expected)
+    of_pictures = tiny(network, crop=crop).fit_transform([Image.fromarray(i) for i in images])
+    np.testing.assert_array_equal(of_pictures, expected)
+
+
+def test_images_are_squashed_by_default():
+    # Left half black, right half white, twice as wide as high: each half fills one half of what the network sees.
+    image = np.zeros((1, 40, 80), np.uint8)
+    image[..., 40:] = 255
+    network = Input(input_size=(3, 8, 8), crop_pct=0.5, mean=(0,) * 3, std=(1,) * 3, interpolation="nearest")
+    features = tiny(network)
+    seen = features.fit_transform(image).reshape(3, 8, 8)
+    assert (seen[..., :4] == 0).all()
+    assert (seen[..., 4:] == 1).all()
+    assert (features.crop_mode_, features.crop_pct_) == ("squash", 1.0)
+
+
+def test_center_loses_the_edges_and_border_fills_what_is_missing():
+    image = np.full((1, 40, 80), 255, np.uint8)
+    image[..., :10] = 0
+    network = Input(input_size=(3, 8, 8), crop_pct=1.0, mean=(0.2,) * 3, std=(1,) * 3, interpolation="nearest")
+    center = tiny(network, crop="center").fit(image)
+    np.testing.assert_allclose(center.transform(image), 0.8, atol=1e-6)
+    assert (center.crop_mode_, center.crop_pct_) == ("center", 1.0)
+    bordered = tiny(network, crop="border").fit_transform(image).reshape(3, 8, 8)
+    np.testing.assert_allclose(bordered[:, [0, 1, 6, 7]], 0, atol=1e-6)  # filled with the mean
+    np.testing.assert_allclose(bordered[:, 2:6, 0], -0.2, atol=1e-6)
+    np.testing.assert_allclose(bordered[:, 2:6, 2:], 0.8, atol=1e-6)
 
 
 @pytest.mark.parametrize("image_size", [20, (20, 20), (16, 24), [16, 24]])
@@ -143,17 +173,17 @@ def test_elongated_images_are_seen_as_timm_sees_them(input_size, interpolation, 
     rng = np.random.default_rng(0)
     for shape in [(7, 900), (1200, 5), (1, 700), (2000, 1), (31, 999)]:
         images = rng.integers(0, 256, (1, *shape, 3), dtype=np.uint8)
-        expected = timm_inputs(network, images).flatten(1)
+        expected = timm_inputs(network, images, "center").flatten(1)
         grey_level = float(1 / (255 * min(network.pretrained_cfg.get("std", (0.224,)))))
-        seen = tiny(network).fit_transform([Image.fromarray(images[0])])
+        seen = tiny(network, crop="center").fit_transform([Image.fromarray(images[0])])
         assert np.abs(seen - expected.numpy()).max() <= 1.01 * grey_level
 
 
-@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+@pytest.mark.parametrize("crop", ["center", "border", "squash"])
 @pytest.mark.parametrize("shape", [(1, 60_000), (5000, 1)])
-def test_an_image_of_few_bytes_takes_little_memory(crop_mode, shape):
-    features = tiny(Input(input_size=(3, 224, 224), crop_mode=crop_mode)).fit(np.zeros((1, 9, 9), np.uint8))
-    read = image_transform(features)
+def test_an_image_of_few_bytes_takes_little_memory(crop, shape):
+    features = tiny(Input(input_size=(3, 224, 224)), crop=crop).fit(np.zeros((1, 9, 9), np.uint8))
+    read = features.image_transform()
     sizes = []
     resize = Image.Image.resize
 
@@ -253,11 +283,11 @@ def mixer(embed_dim=24):
         ("test_resnet", "layer1", channels_first),
         ("test_resnet", "layer3.0.conv1", channels_first),
         ("test_efficientnet", "blocks.2", channels_first),
-        ("test_nfnet", "extractors.1", channels_first),
-        ("test_byobnet", "extractors.1", channels_first),
-        ("test_convnext", "extractors.1", channels_first),
-        ("test_convnext", "extractors.1.blocks.0.mlp", channels_last),
-        ("test_mambaout", "extractors.1", channels_last),
+        ("test_nfnet", "stages.1", channels_first),
+        ("test_byobnet", "stages.1", channels_first),
+        ("test_convnext", "stages.1", channels_first),
+        ("test_convnext", "stages.1.blocks.0.mlp", channels_last),
+        ("test_mambaout", "stages.1", channels_last),
         ("test_vit", "blocks.1", tokens_without_class),
         ("test_vit", "norm", tokens_without_class),
         ("test_vit", "blocks.0.attn.qkv", tokens_without_class),
@@ -890,7 +920,7 @@ def test_weights_that_are_not_to_be_had_are_an_error_with_the_ways_out(
         server.bind(("127.0.0.1", 0))
         if network == "silent":  # accepts, and never answers
             server.listen()
-            monkeypatch.setattr(_backbones, "PROBE_SECONDS", 0.2)
+            monkeypatch.setattr(backbones, "PROBE_SECONDS", 0.2)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", network == "offline")
@@ -1114,6 +1144,7 @@ def test_axes_that_are_not_certain_are_an_error(images):
         ({"backbone": "cspresnet50d", "pretrained": True}, "timm has no pretrained weights for backbone"),
         ({"pooling": "max"}, "pooling='max' has nothing to pool"),
         ({"pooling": "mean"}, "The 'pooling' parameter of TimmFeatures must be"),
+        ({"crop": "border-box"}, "The 'crop' parameter of TimmFeatures must be"),
         ({"backbone": 3}, "The 'backbone' parameter of TimmFeatures must be"),
         ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\)\. Allowed: \(height, width\)"),
         ({"image_size": (0, 32)}, r"image_size=\(0, 32\)\. Allowed: \(height, width\)"),

@@ -14,12 +14,8 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn._features.scattering import (
-    ScatteringFeatures,
-    morlet_filters,
-    scattering_coefficients,
-    wavelet_cascade,
-)
+from dfkde_sklearn import ScatteringFeatures
+from dfkde_sklearn._features.wavelets import morlet_filters, scattering_coefficients, wavelet_cascade
 from dfkde_sklearn.datasets import make_textures
 
 MEAN, STD, MAX = 0, 1, 2

@@ -1,0 +1,304 @@
+"""FeatureExtractor: what all transformers from images to feature rows share."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.utils import Tags
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from dfkde_sklearn._device import as_device
+from dfkde_sklearn._document import Check, as_json, checked_parameters, set_fitted
+from dfkde_sklearn._features.cache import Cache, check_cache, feature_matrix, numerics
+from dfkde_sklearn._features.modules import FeatureModule
+from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
+
+# Parameters that belong to the machine, and that no file may set.
+_OF_THE_MACHINE = ("device", "cache")
+
+
+class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
+    """Base class of the transformers from images to feature rows.
+
+    A subclass has a constructor with at least the parameters below, and says what its features are by the methods
+    that raise NotImplementedError here. Reading images, the cache, saving and the protocol of scikit-learn are the same
+    for all.
+
+    Attributes
+    ----------
+    n_features_out_ : int
+        Number of features.
+    """
+
+    white_level: int
+    batch_size: int
+    cache: Cache
+    device: str | torch.device | None
+    verbose: bool | int
+    n_features_out_: int
+
+    # The fitted attributes, and which values a saved file may give them.
+    _fitted_attributes: ClassVar[Mapping[str, Check]]
+    # Why other runtimes cannot compute the features; None where they can.
+    _export_obstacle: ClassVar[str | None] = None
+
+    _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's protocol)
+        "white_level": [Interval(Integral, 1, FULL_RANGE, closed="both")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "cache": ["boolean", str, os.PathLike, None],
+        "device": [str, torch.device, None],
+        "verbose": ["verbose"],
+    }
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Check the parameters and set the fitted attributes; nothing is learnt from the images.
+
+        Parameters
+        ----------
+        X : images
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        FeatureExtractor
+            The fitted transformer.
+
+        Raises
+        ------
+        ValueError
+            If a parameter or the images are not what is allowed.
+        OSError
+            If pretrained weights are not on this machine and cannot be downloaded, or the cache cannot be
+            written to.
+        """
+        as_images(X)
+        self._fit()
+        return self
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_transform(self, X: Any, y: Any = None) -> NDArray[np.float32]:
+        """Fit, and return the features of the images.
+
+        Parameters
+        ----------
+        X : images
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        ndarray of shape (n_images, `n_features_out_`), float32
+            A row for each image, in their order.
+
+        Warns
+        -----
+        UserWarning
+            If the 16-bit images stay far below the white level, or exceed it.
+        """
+        images = as_images(X, self.white_level)
+        features = self._described(images, self._fit())
+        images.warn_of_white_level()
+        return features
+
+    def transform(self, X: Any) -> NDArray[np.float32]:
+        """Return the features of the images.
+
+        Parameters
+        ----------
+        X : images
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+
+        Returns
+        -------
+        ndarray of shape (n_images, `n_features_out_`), float32
+            A row for each image, in their order.
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read, its features are not finite, or the weights of a network are not those
+            of ``fit``.
+        OSError
+            If the weights of a network have to be loaded again and are not available.
+        """
+        check_is_fitted(self, "n_features_out_")
+        return self._described(as_images(X, self.white_level))
+
+    # What a subclass says.
+
+    @abstractmethod
+    def as_module(self) -> FeatureModule:
+        """Return the fitted extractor as a torch module, with weights of its own."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Return what the features are, in a few words for people."""
+
+    @abstractmethod
+    def image_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Return the function from a picture to the tensor that the module takes."""
+
+    @abstractmethod
+    def _set_fitted(self) -> str | None:
+        """Set the fitted attributes; return the fingerprint of the network, None where there is none."""
+
+    @abstractmethod
+    def _block_widths(self) -> list[int]:
+        """Return the numbers of columns of the blocks that the cache keeps one by one."""
+
+    @abstractmethod
+    def _block_recipes(self, fingerprint: str | None) -> list[dict[str, Any]]:
+        """Return for each block what decides its features, beside the image and what decides all features."""
+
+    @abstractmethod
+    def _computed(self, images: Images, blocks: list[int]) -> Generator[NDArray[np.float32], None, None]:
+        """Yield the features of the images, of the blocks at these positions, batch by batch."""
+
+    @abstractmethod
+    def _check_fitted(self) -> None:
+        """Raise a ValueError where fitted attributes from a file contradict one another or the parameters."""
+
+    def check_weights(self, *, download: bool) -> None:
+        """Load what ``transform`` needs, and check that it is what was there in ``fit``.
+
+        Parameters
+        ----------
+        download : bool
+            Whether weights may be downloaded.
+
+        Raises
+        ------
+        ValueError
+            If the weights are not those of ``fit``.
+        OSError
+            If they are not available.
+        """
+
+    # The saved file.
+
+    def document(self) -> dict[str, Any]:
+        """Return parameters and fitted attributes as values of JSON.
+
+        Returns
+        -------
+        dict
+            "class", "parameters", without those of the machine, and "fitted".
+
+        Raises
+        ------
+        TypeError
+            If a parameter has no counterpart in JSON.
+        """
+        name = type(self).__name__
+        parameters = {key: value for key, value in self.get_params(deep=False).items() if key not in _OF_THE_MACHINE}
+        # A module is code, which files do not hold; `from_document` is given it.
+        parameters = {key: None if isinstance(value, nn.Module) else value for key, value in parameters.items()}
+        fitted = {key: value for key, value in vars(self).items() if key.endswith("_")}
+        return {"class": name, "parameters": as_json(parameters, name), "fitted": as_json(fitted, name)}
+
+    @classmethod
+    def from_document(
+        cls,
+        document: Mapping[str, Any],
+        *,
+        backbone: nn.Module | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """Return the fitted extractor of a document.
+
+        Parameters
+        ----------
+        document : mapping
+            What `document` returned.
+        backbone : torch.nn.Module or None, default=None
+            The network, where the document has none.
+        weights : str, PathLike or None, default=None
+            File with the weights of a named network, in place of where ``fit`` had them from.
+        device : str, torch.device or None, default=None
+            Where features are computed.
+
+        Returns
+        -------
+        FeatureExtractor
+            Fitted. The weights are not loaded yet: see `check_weights`.
+
+        Raises
+        ------
+        ValueError
+            If the document contradicts itself, or does not go with `backbone` or `weights`.
+        """
+        parameters = checked_parameters(document["parameters"], cls, _OF_THE_MACHINE)
+        parameters |= cls._network_parameters(document, backbone, weights)
+        extractor = cls(device=device, **parameters)
+        extractor._validate_params()
+        set_fitted(extractor, document["fitted"], cls._fitted_attributes)
+        extractor._check_fitted()
+        return extractor
+
+    @classmethod
+    def _network_parameters(
+        cls,
+        document: Mapping[str, Any],  # noqa: ARG003 (of the backbone where there is one)
+        backbone: nn.Module | None,
+        weights: str | os.PathLike[str] | None,
+    ) -> dict[str, Any]:
+        """Return the parameters that `backbone` and `weights` replace in a document."""
+        if backbone is not None or weights is not None:
+            raise ValueError(f"{cls.__name__} has no backbone: load it without backbone= and weights=.")
+        return {}
+
+    # What is the same for all.
+
+    def check_exportable(self) -> None:
+        """Raise a ValueError where other runtimes cannot compute the features."""
+        if self._export_obstacle is not None:
+            raise ValueError(
+                f"features={type(self).__name__}(...) cannot be exported: {self._export_obstacle}. "
+                "Export a detector that is fitted on the features (features=None), and compute them outside."
+            )
+
+    def _fit(self) -> str | None:
+        """Set the fitted attributes, and return the fingerprint of the network where there is one."""
+        check_cache(self.cache)
+        return self._set_fitted()
+
+    def _described(self, images: Images, fingerprint: str | None = None) -> NDArray[np.float32]:
+        """Return the features of the images; a fingerprint that is known already need not be computed."""
+        return feature_matrix(
+            images, self._block_widths(), partial(self._recipes, fingerprint), self._computed, self.cache
+        )
+
+    def _recipes(self, fingerprint: str | None = None) -> list[str]:
+        """Return for each block all that decides its features beside the image."""
+        of_all = {"numerics": numerics(as_device(self.device)), "white_level": int(self.white_level)}
+        return [json.dumps(of_all | recipe, default=str) for recipe in self._block_recipes(fingerprint)]
+
+    def _batches(self, images: Images, description: str) -> Iterator[Tensor]:
+        """Yield the images as the module takes them, batch by batch, with a progress bar if `verbose`."""
+        return image_batches(
+            images, self.image_transform(), self.batch_size, verbose=bool(self.verbose), description=description
+        )
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.no_validation = True
+        return tags
