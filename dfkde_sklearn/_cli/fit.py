@@ -25,6 +25,7 @@ from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, image_paths
 from dfkde_sklearn._cli.output import percent, print_facts, print_heading, print_table, say, shows_progress
 from dfkde_sklearn._cli.summary import detector_facts, quality_facts
+from dfkde_sklearn._features.network import CROPS
 
 # Training images that are listed as the least normal ones.
 N_LOWEST = 5
@@ -73,6 +74,13 @@ def add_parser(commands: Any) -> None:
         help="layers of the backbone, each averaged over positions (default: its pooled embedding)",
     )
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width that images are resized to")
+    group.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="how an image becomes a square for the backbone: 'squash', resized without its proportions; 'center', cut "
+        "out, which loses the edges; or 'border', resized with its proportions, with a border around it (default: "
+        f"{TimmFeatures().crop})",
+    )
     group.add_argument(
         "--white-level",
         type=int,
@@ -154,14 +162,16 @@ def _training_images(folder: Path) -> tuple[list[str], Bunch | None]:
 
 
 def _feature_extractor(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
-    parameters = given(options, "layers", "weights", "image_size", "white_level", "batch_size", "cache", "device")
+    parameters = given(
+        options, "layers", "weights", "crop", "image_size", "white_level", "batch_size", "cache", "device"
+    )
     parameters["verbose"] = shows_progress(options)
     if options.features != "scattering":
         if "weights" in parameters:
             # The model may be used from another folder.
             parameters["weights"] = os.path.realpath(parameters["weights"])
         return TimmFeatures(options.features, **parameters)
-    for name in ("layers", "weights"):
+    for name in ("layers", "weights", "crop"):
         if name in parameters:
             raise ValueError(f"--{name} is for a backbone; --features scattering has none.")
     return ScatteringFeatures(**parameters)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import Assessment, DFKDEDetector, ScatteringFeatures
+from dfkde_sklearn import Assessment, DFKDEDetector
 from dfkde_sklearn._cli.output import percent
 
 # Images that are listed or drawn as the most anomalous.
@@ -19,14 +19,9 @@ N_WORST = 12
 def detector_facts(detector: DFKDEDetector) -> dict[str, str]:
     """Return the parts of a fitted detector, and its threshold."""
     extractor: Any = detector.features_
-    name = (
-        "scattering"
-        if isinstance(extractor, ScatteringFeatures)
-        else ", ".join([extractor.backbone_name_, *extractor.layers_])
-    )
     return {
-        "Detector": f"{detector.n_features_in_} features ({name}), {detector.n_components_} principal components, "
-        f"{detector.residual or 'no'} residual",
+        "Detector": f"{detector.n_features_in_} features ({extractor.summary()}), {detector.n_components_} principal "
+        f"components, {detector.residual or 'no'} residual",
         "Threshold": f"score {detector.offset_:.2f} (a log density); images below it are called anomalous",
     }
 

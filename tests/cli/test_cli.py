@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn import DFKDEDetector, TimmFeatures
 from dfkde_sklearn._cli.arguments import detector_parameters
 from dfkde_sklearn._cli.main import main, parser
 from dfkde_sklearn._density.scoring import FeatureDensity
@@ -254,6 +254,15 @@ def test_a_backbone_and_its_layers_describe_the_images(textures, weights, tmp_pa
     assert run("score", tmp_path / "dfkde-model.safetensors", Path("test", "good")) == 0
 
 
+@pytest.mark.parametrize("crop", [None, "squash", "center", "border"])
+def test_the_crop_of_the_backbone_can_be_chosen(crop, textures, weights, tmp_path):
+    chosen = () if crop is None else ("--crop", crop)
+    arguments = ("--features", "test_resnet", "--weights", weights, "--model", tmp_path / "model", *chosen)
+    assert run("fit", textures / "train" / "good", *arguments) == 0
+    features = DFKDEDetector.load(tmp_path / "model").features_
+    assert features.crop == features.crop_mode_ == (crop or TimmFeatures().crop)
+
+
 def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
     good, model = textures / "train" / "good", tmp_path / "model"
     assert run("fit", good, "--features", "test_resnet", "--weights", weights, "--model", model) == 0
@@ -451,6 +460,7 @@ MISTAKES = {
     "fit {images} --features resnet1": "is not a model of timm",
     "fit {images} --features test_resnet --weights no.safetensors": "no.safetensors': there is no such file",
     "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
+    "fit {images} --features scattering --crop center": "--crop is for a backbone",
     "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of DFKDEDetector must be",
     "fit {images} --features scattering --device tpu9": "device='tpu9'",
     "fit {images} --features scattering --device meta": "device='meta'. Allowed: 'cpu', 'cuda'",
