@@ -34,8 +34,14 @@ if TYPE_CHECKING:
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
 _ROWS = 2**14
 _ENTRIES = 2**20
+# Share of training rows up to which copies of others are no reason for a warning.
+_FEW_COPIES = 0.02
 # Parts of the density's state that are public attributes; the others are the affair of this package.
 _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwidth", "kernel_centers")
+
+
+# Numbers below the normal range count as zero in the threads of the kernels.
+_POSITIVE = Interval(Real, float(np.finfo(np.float64).tiny), None, closed="left")
 
 
 class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
@@ -51,9 +57,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         The feature extractor. With "auto", a two-dimensional numeric X is the feature matrix and anything else is
         images, for :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must be a
         feature matrix.
-    n_components : int, float or "auto", default=16
-        Principal components to keep: at most this many, or, in (0, 1), the fewest that hold this share of the variance.
-        "auto" keeps those that hold for new rows, as a rule more than 16, and finds more defects: see Notes.
+    n_components : int, float or "auto", default="auto"
+        Principal components to keep. "auto" keeps those along which held-out rows vary much as training rows do: see
+        Notes. An int is the largest number, a float in (0, 1) keeps the fewest that hold this share of the variance.
     scaling : {"scale", "norm"} or None, default="scale"
         What is done to the principal components before the density: "scale" divides by the largest norm in
         training (a constant in the log density), "norm" makes each row unit length, None leaves them.
@@ -62,10 +68,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         components, "scott" is ``n ** (-1 / (d + 4))`` and "silverman" ``(n * (d + 2) / 4) ** (-1 / (d + 4))``; "loo"
         has the largest leave-one-out likelihood; a float is the factor itself, as `bw_method` of
         `scipy.stats.gaussian_kde`.
-    residual : {"gaussian", "box"} or None, default=None
-        The term for what the principal components leave out. None scores the components alone, "gaussian" adds the
-        residual of probabilistic PCA [2]_, "box" weighs it by its effective dimension [3]_. It finds more defects where
-        there are few training rows, below some 100.
+    residual : {"gaussian", "box"} or None, default="box"
+        The term for the distance from the principal axes. "box" weighs it by its effective dimension [3]_, "gaussian"
+        is the residual of probabilistic PCA [2]_, None scores the components alone.
     max_samples : int or None, default=40000
         Fit on at most this many training rows, drawn with `random_state`; None takes all.
     contamination : "auto" or float, default="auto"
@@ -123,17 +128,21 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 
     Notes
     -----
-    The density is the one of `scipy.stats.gaussian_kde` on the scaled principal components, computed in log space from
-    start to end, in the dtype of the features (float32 or float64).
+    The density of the scaled principal components is that of `scipy.stats.gaussian_kde`, computed in log space in the
+    dtype of the features (float32 or float64); the residual term is added to it.
 
-    `calibration_scores_` are cross-fitted: the training rows are cut into 20 consecutive folds, and each fold is scored by
-    axes, whitening and kernels from the other folds. The same folds tell how far rows that a fit has not seen lie from
-    its axes, which sets the scale of the residual, and how far along each axis: ``n_components="auto"`` keeps the first
-    axes, as long as the variance of unseen rows is at most twice that of the rows that the axis comes from.
+    The training rows are divided into 20 consecutive folds, and each fold is scored with axes, whitening and kernels
+    from the other folds: these out-of-fold scores are `calibration_scores_`, and their quantile `target_fpr` is
+    `offset_`. The same folds measure how far held-out rows lie from the axes, which sets the scale of the residual, and
+    how far they spread along each axis: ``n_components="auto"`` keeps the first axes, as long as the variance of
+    held-out rows is at most twice that of the rows that the axis comes from.
 
-    Rows left out by `max_samples` or `contamination` are scored by the fit itself. `offset_` is the quantile
-    `target_fpr` of `calibration_scores_`. It holds for new rows that come from where the training rows came from; if several
-    rows show one part, keep them adjacent, so that they share a fold. Rows that are equal share one wherever they are.
+    Rows left out by `max_samples` or `contamination` are scored by the fit itself. The false-alarm rate holds for new
+    rows that come from where the training rows came from. If several rows show one part, keep them adjacent, so that
+    they share a fold. Rows that are equal share a fold wherever they are.
+
+    "auto" and "box" were chosen on three data sets, where no setting is best everywhere (docs/guide/quality.rst).
+    :meth:`original` has the original's settings.
 
     References
     ----------
@@ -170,7 +179,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             StrOptions({"auto"}),
         ],
         "scaling": [StrOptions({"scale", "norm"}), None],
-        "bandwidth": [StrOptions({"scott", "silverman", "loo"}), Interval(Real, 0, None, closed="neither")],
+        "bandwidth": [StrOptions({"scott", "silverman", "loo"}), _POSITIVE],
         "residual": [StrOptions({"gaussian", "box"}), None],
         "max_samples": [Interval(Integral, 2, None, closed="left"), None],
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
@@ -185,10 +194,10 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         self,
         features: Any = "auto",
         *,
-        n_components: int | float | Literal["auto"] = 16,
+        n_components: int | float | Literal["auto"] = "auto",
         scaling: Literal["scale", "norm"] | None = "scale",
         bandwidth: Literal["scott", "silverman", "loo"] | float = "scott",
-        residual: Literal["gaussian", "box"] | None = None,
+        residual: Literal["gaussian", "box"] | None = "box",
         max_samples: int | None = 40_000,
         contamination: Literal["auto"] | float = "auto",
         target_fpr: float = 0.05,
@@ -209,6 +218,36 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         self.threshold_offset = threshold_offset
         self.device = device
         self.random_state = random_state
+
+    @classmethod
+    def original(cls, features: Any = "auto", **parameters: Any) -> Self:
+        """Return a detector with the settings of the original [1]_: 16 components, and no residual.
+
+        Its threshold still comes from the training data, since the original's constant of 12 keeps no false-alarm
+        rate; ``threshold_offset=12.0`` gives that too.
+
+        Parameters
+        ----------
+        features : "auto", transformer or None, default="auto"
+            As in the constructor.
+        **parameters : dict
+            Other parameters of the constructor, which replace these settings.
+
+        Returns
+        -------
+        DFKDEDetector
+            Not fitted.
+
+        See Also
+        --------
+        DfkdeModel : The original's model itself.
+
+        References
+        ----------
+        .. [1] Akcay et al. (2022), Anomalib: a deep learning library for anomaly detection,
+           doi:10.1109/ICIP46576.2022.9897283
+        """
+        return cls(features, **{"n_components": 16, "residual": None} | parameters)
 
     @_fit_context(prefer_skip_nested_validation=False)
     def fit(self, X: Any, y: Any = None) -> Self:
@@ -276,7 +315,8 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             ),
             groups[drawn],
         )
-        if training.n_torn:
+        # A few copies, as rounded measurements have, are in one fold and change nothing else.
+        if training.n_torn > _FEW_COPIES * len(drawn):
             warnings.warn(
                 f"{training.n_torn} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
                 "share a fold, so that the threshold holds for new rows, but each has its kernel in the density. "

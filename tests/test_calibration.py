@@ -25,7 +25,7 @@ class CountingFeatures(ScatteringFeatures):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("contamination", ["auto", 0.1])
 def test_assess_returns_what_the_single_methods_return(dtype, contamination):
-    detector = DFKDEDetector(n_components=3, contamination=contamination).fit(rows(100).astype(dtype))
+    detector = DFKDEDetector.original(n_components=3, contamination=contamination).fit(rows(100).astype(dtype))
     new = np.vstack([rows(30, seed=1), rows(5, seed=2) + 9]).astype(dtype)
     assessment = detector.assess(new)
     np.testing.assert_array_equal(assessment.log_density, detector.score_samples(new))
@@ -40,7 +40,7 @@ def test_assess_returns_what_the_single_methods_return(dtype, contamination):
 def test_assess_sends_images_through_the_extractor_once_and_evaluates_the_density_once(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (14, 32, 32), np.uint8)
     features = CountingFeatures(scales=2, orientations=4, image_size=32)
-    detector = DFKDEDetector(features, n_components=3).fit(images[:10])
+    detector = DFKDEDetector.original(features, n_components=3).fit(images[:10])
     CountingFeatures.n_images, evaluated = 0, []
     log_density = FeatureDensity.log_density
 

@@ -51,8 +51,8 @@ NEEDS_ARRAY_API = {"check_array_api_input"}
 # Anomalous, normal: in the order of numbers, of words, and of truth, each way around.
 LABELS = [(1, 0), (0, 1), (-1, 1), ("bad", "good"), ("ng", "io"), (True, False), (False, True)]
 DETECTORS = [
-    DFKDEDetector(),
-    make_pipeline(StandardScaler(), DFKDEDetector(n_components=4)),
+    DFKDEDetector.original(),
+    make_pipeline(StandardScaler(), DFKDEDetector.original(n_components=4)),
     IsolationForest(n_estimators=20, random_state=0),
     LocalOutlierFactor(novelty=True),
     OneClassSVM(),
@@ -86,7 +86,7 @@ class RowsSeen(OutlierMixin, BaseEstimator):
 # ---- scikit-learn's own checks
 
 
-@pytest.mark.parametrize("detector", [DFKDEDetector(), IsolationForest(n_estimators=20, random_state=0)])
+@pytest.mark.parametrize("detector", [DFKDEDetector.original(), IsolationForest(n_estimators=20, random_state=0)])
 def test_every_scikit_learn_check_passes_but_those_listed(detector):
     pytest.importorskip("pandas", reason="scikit-learn skips checks in silence without pandas")
     pytest.importorskip("polars", reason="scikit-learn skips checks in silence without polars")
@@ -153,7 +153,7 @@ def test_labels_come_in_any_container(as_y):
 def test_data_frames_keep_their_names():
     X, anomalous = labelled_rows()
     frame = pd.DataFrame(X, columns=list("abcde"))
-    classifier = AnomalyClassifier(DFKDEDetector()).fit(frame, anomalous)
+    classifier = AnomalyClassifier(DFKDEDetector.original()).fit(frame, anomalous)
     assert classifier.feature_names_in_.tolist() == list("abcde")
     assert classifier.n_features_in_ == 5
     with pytest.raises(ValueError, match="feature names should match"):
@@ -170,7 +170,7 @@ def test_images_are_chosen_by_label_in_every_form(kind, tmp_path):
     for picture, path in zip(pictures, paths, strict=True):
         picture.save(path)
     images = {"paths": paths, "pictures": pictures, "stack": stack}[kind]
-    detector = DFKDEDetector(ScatteringFeatures(scales=2, orientations=2, image_size=16), n_components=2)
+    detector = DFKDEDetector.original(ScatteringFeatures(scales=2, orientations=2, image_size=16), n_components=2)
     classifier = AnomalyClassifier(detector).fit(images, y)
     np.testing.assert_array_equal(
         classifier.decision_function(images), -clone(detector).fit(stack[:9]).decision_function(stack)
@@ -178,7 +178,7 @@ def test_images_are_chosen_by_label_in_every_form(kind, tmp_path):
 
 
 def test_scikit_learn_takes_it_for_a_classifier():
-    classifier = AnomalyClassifier(DFKDEDetector())
+    classifier = AnomalyClassifier(DFKDEDetector.original())
     assert is_classifier(classifier)
     assert not is_outlier_detector(classifier)
     search = GridSearchCV(classifier, {"detector__n_components": [2]}).fit(*labelled_rows())
@@ -195,8 +195,10 @@ def labelled_kinds(seed=0):
 
 def test_kinds_of_anomalies_are_one_class():
     X, kinds = labelled_kinds()
-    several = AnomalyClassifier(DFKDEDetector(), anomaly_label="bad", normal_label="good").fit(X, kinds)
-    two = AnomalyClassifier(DFKDEDetector(), anomaly_label="bad").fit(X, np.where(kinds == "good", "good", "bad"))
+    several = AnomalyClassifier(DFKDEDetector.original(), anomaly_label="bad", normal_label="good").fit(X, kinds)
+    two = AnomalyClassifier(DFKDEDetector.original(), anomaly_label="bad").fit(
+        X, np.where(kinds == "good", "good", "bad")
+    )
     assert several.classes_.tolist() == ["bad", "good"]
     for method in ("predict", "predict_proba", "decision_function"):
         np.testing.assert_array_equal(getattr(several, method)(X), getattr(two, method)(X))
@@ -211,10 +213,10 @@ def test_kinds_of_anomalies_are_one_class():
 
 def test_a_search_takes_kinds_and_every_fold_has_some_of_each():
     X, kinds = labelled_kinds()
-    classifier = AnomalyClassifier(DFKDEDetector(), anomaly_label="bad", normal_label="good")
+    classifier = AnomalyClassifier(DFKDEDetector.original(), anomaly_label="bad", normal_label="good")
     search = GridSearchCV(classifier, {"detector__n_components": [1, 4]}, error_score="raise").fit(X, kinds)
     for i, (train, test) in enumerate(StratifiedKFold().split(X, kinds)):
-        detector = DFKDEDetector(n_components=4).fit(X[train][kinds[train] == "good"])
+        detector = DFKDEDetector.original(n_components=4).fit(X[train][kinds[train] == "good"])
         expected = ((detector.predict(X[test]) == 1) == (kinds[test] == "good")).mean()
         assert search.cv_results_[f"split{i}_test_score"][1] == pytest.approx(expected)
 
@@ -240,7 +242,7 @@ def test_kinds_by_number():
 )
 def test_kinds_that_cannot_be_told_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
-        AnomalyClassifier(DFKDEDetector(), **labels).fit(*labelled_kinds())
+        AnomalyClassifier(DFKDEDetector.original(), **labels).fit(*labelled_kinds())
 
 
 # ---- detectors with other answers
@@ -338,7 +340,7 @@ def test_string_scorers_are_about_the_anomalous_class(detector, anomaly, normal)
 def test_roc_auc_is_right_for_all_labels(anomaly, normal):
     X, anomalous = labelled_rows()
     y = np.where(anomalous, anomaly, normal)
-    classifier = AnomalyClassifier(DFKDEDetector(), anomaly_label=anomaly).fit(X, y)
+    classifier = AnomalyClassifier(DFKDEDetector.original(), anomaly_label=anomaly).fit(X, y)
     expected = auroc(-classifier.detector_.score_samples(X), anomalous)
     assert get_scorer("roc_auc")(classifier, X, y) == pytest.approx(expected)
     assert expected > 0.8
@@ -354,7 +356,7 @@ def test_displays_draw_it(display, anomaly, normal):
     figure = pytest.importorskip("matplotlib.figure", reason="displays need matplotlib").Figure()
     X, anomalous = labelled_rows()
     y = np.where(anomalous, anomaly, normal)
-    classifier = AnomalyClassifier(DFKDEDetector(), anomaly_label=anomaly).fit(X, y)
+    classifier = AnomalyClassifier(DFKDEDetector.original(), anomaly_label=anomaly).fit(X, y)
     drawn = display.from_estimator(classifier, X, y, pos_label=anomaly, ax=figure.subplots())
     if display is RocCurveDisplay:
         roc_auc = np.ravel(drawn.roc_auc)[0]
@@ -364,7 +366,7 @@ def test_displays_draw_it(display, anomaly, normal):
 def test_thresholds_can_be_tuned():
     X, anomalous = labelled_rows()
     # A threshold that flags hardly anything, and one found by labels.
-    classifier = AnomalyClassifier(DFKDEDetector(target_fpr=0.001))
+    classifier = AnomalyClassifier(DFKDEDetector.original(target_fpr=0.001))
     tuned = TunedThresholdClassifierCV(classifier, scoring="balanced_accuracy").fit(X, anomalous.astype(int))
     new, new_anomalous = labelled_rows(seed=1)
     plain = classifier.fit(X, anomalous.astype(int))
@@ -372,7 +374,7 @@ def test_thresholds_can_be_tuned():
     assert score(tuned, new, new_anomalous.astype(int)) > score(plain, new, new_anomalous.astype(int)) + 0.1
 
 
-@pytest.mark.parametrize("detector", [DFKDEDetector(), IsolationForest(n_estimators=20, random_state=0)])
+@pytest.mark.parametrize("detector", [DFKDEDetector.original(), IsolationForest(n_estimators=20, random_state=0)])
 def test_probabilities_can_be_calibrated(detector):
     X, anomalous = labelled_rows()
     calibrated = CalibratedClassifierCV(AnomalyClassifier(detector)).fit(X, anomalous.astype(int))
@@ -405,19 +407,21 @@ def test_no_fold_and_no_refit_learns_from_an_anomaly():
 def test_a_search_finds_the_components_that_show_the_defect():
     X, anomalous = labelled_rows()
     grid = {"detector__n_components": [1, 2, 3, 4]}
-    search = GridSearchCV(AnomalyClassifier(DFKDEDetector()), grid, scoring="roc_auc").fit(X, anomalous)
+    search = GridSearchCV(AnomalyClassifier(DFKDEDetector.original()), grid, scoring="roc_auc").fit(X, anomalous)
     assert search.best_params_ == {"detector__n_components": 4}
     for i, (train, test) in enumerate(StratifiedKFold().split(X, anomalous)):
-        detector = DFKDEDetector(n_components=4).fit(X[train][~anomalous[train]])
+        detector = DFKDEDetector.original(n_components=4).fit(X[train][~anomalous[train]])
         expected = roc_auc_score(anomalous[test], -detector.score_samples(X[test]))
         assert search.cv_results_[f"split{i}_test_score"][3] == pytest.approx(expected)
 
 
 def test_out_of_fold_scores_rank_as_by_hand():
     X, anomalous = labelled_rows()
-    scores = cross_val_predict(AnomalyClassifier(DFKDEDetector()), X, anomalous.astype(int), method="decision_function")
+    scores = cross_val_predict(
+        AnomalyClassifier(DFKDEDetector.original()), X, anomalous.astype(int), method="decision_function"
+    )
     for train, test in StratifiedKFold().split(X, anomalous):
-        detector = DFKDEDetector().fit(X[train][~anomalous[train]])
+        detector = DFKDEDetector.original().fit(X[train][~anomalous[train]])
         np.testing.assert_array_equal(rankdata(scores[test]), rankdata(-detector.decision_function(X[test])))
 
 
@@ -457,7 +461,7 @@ def test_groups_stay_together(splitter, routing):
 )
 def test_labels_that_cannot_be_right_are_refused(y, label, message):
     with pytest.raises(ValueError, match=message):
-        AnomalyClassifier(DFKDEDetector(), anomaly_label=label).fit(labelled_rows()[0][:20], y)
+        AnomalyClassifier(DFKDEDetector.original(), anomaly_label=label).fit(labelled_rows()[0][:20], y)
 
 
 @pytest.mark.parametrize(("label", "missing"), [(1, "anomalous"), (0, "normal")])
@@ -468,7 +472,7 @@ def test_a_fold_without_a_class_is_named_and_the_others_are_not_lost(label, miss
     splits = [(np.setdiff1d(np.arange(120), test), test) for test in np.arange(120).reshape(4, 30)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = cross_validate(AnomalyClassifier(DFKDEDetector()), X, y, cv=splits, scoring="accuracy")
+        found = cross_validate(AnomalyClassifier(DFKDEDetector.original()), X, y, cv=splits, scoring="accuracy")
     assert np.isnan(found["test_score"]).tolist() == [True, False, False, False]
     assert any(f"no row is {missing}" in str(warning.message) for warning in caught)
 
@@ -483,4 +487,4 @@ def test_what_is_no_outlier_detector_is_refused():
 
 def test_a_folder_cannot_have_labels(tmp_path):
     with pytest.raises(TypeError, match=r"is one path; .*Pass a list of image paths"):
-        AnomalyClassifier(DFKDEDetector()).fit(tmp_path, [0, 1])
+        AnomalyClassifier(DFKDEDetector.original()).fit(tmp_path, [0, 1])

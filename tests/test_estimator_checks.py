@@ -10,15 +10,19 @@ from dfkde_sklearn import DFKDEDetector
 pytest.importorskip("pandas", reason="scikit-learn skips checks in silence without pandas")
 pytest.importorskip("polars", reason="scikit-learn skips checks in silence without polars")
 
+ORIGINAL = {"n_components": 16, "residual": None}
 SETTINGS = [
     {},
+    ORIGINAL,
+    {"n_components": "auto", "residual": None},
+    {"residual": None, "bandwidth": "loo"},
     {"scaling": "norm"},
     {"scaling": None},
     {"bandwidth": "silverman"},
     {"bandwidth": "loo"},
     {"bandwidth": 0.4},
     {"residual": "gaussian"},
-    {"residual": "box"},
+    {"n_components": 16, "residual": "box"},
     {"contamination": 0.1},
     {"n_components": 1},
     {"n_components": 0.9},

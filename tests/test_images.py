@@ -396,7 +396,7 @@ def test_batches_hold_every_image_in_order(colour, paths, batch_size):
 
 
 def reading_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("read_images")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("dfkde_sklearn_ahead")]
 
 
 def test_images_are_read_ahead_of_the_consumer_but_not_all():

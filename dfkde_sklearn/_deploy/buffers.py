@@ -207,6 +207,7 @@ def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> 
     is_unknown = name == "singular_values" and bool(value.isnan().all())
     if not is_unknown and not bool(torch.isfinite(value).all()):
         return f"{name} holds NaN or infinities"
-    if name in _POSITIVE and value.numel() and not float(value.flatten()[0]) > 0:
+    # Smaller numbers count as zero in the threads of the kernels.
+    if name in _POSITIVE and value.numel() and not float(value.flatten()[0]) >= torch.finfo(torch.float64).tiny:
         return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
     return ""

@@ -1,0 +1,71 @@
+"""The rooms of the package, and who may import whom; see docs/contributing.rst."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dfkde_sklearn"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# For each room, a folder or a file of its own, the rooms that its code may import; also inside functions, and for types.
+ALLOWED = {
+    "__init__": {"_detector", "_classifier", "_calibration", "_deploy", "_features", "datasets"},
+    "__main__": {"_cli"},
+    "_threads": set(),
+    "_device": set(),
+    "_files": set(),
+    "_images": {"_threads"},
+    "_kernels": {"_threads"},
+    "_density": {"_kernels", "_threads"},
+    "_features": {"_images", "_device", "_threads", "_files"},
+    "_calibration": set(),
+    "_deploy": {"_density", "_kernels", "_features", "_images", "_device", "_files"},
+    "_classifier": {"_calibration"},
+    "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_images", "_device"},
+    "_report": {"_calibration", "_images", "_files"},
+    "datasets": {"_images", "_files"},
+}
+# The command line is the one room that may import any other; nothing but __main__ imports it.
+ALLOWED["_cli"] = {*ALLOWED} - {"__main__"}
+
+
+def room(module: str) -> str:
+    """Return the room of a dotted module of the package."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(file: Path) -> set[str]:
+    """Return the dotted modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_room_imports_only_the_rooms_below_it(file):
+    own = room("dfkde_sklearn." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts))
+    rooms = {room(name) for name in imports(file) if name.split(".")[0] == "dfkde_sklearn"}
+    allowed = ALLOWED[own] | {own, "__init__"}  # __init__ for the version
+    assert rooms & ALLOWED.keys() <= allowed
+
+
+def test_the_density_knows_neither_scikit_learn_nor_timm():
+    for file in (*PACKAGE.glob("_density/*.py"), *PACKAGE.glob("_kernels/*.py")):
+        assert not {name.split(".")[0] for name in imports(file)} & {"sklearn", "timm"}, file
+
+
+def test_the_rooms_have_no_circle():
+    order, left = [], {name: rooms - {"__init__"} for name, rooms in ALLOWED.items()}
+    while left:
+        free = [name for name, rooms in left.items() if not rooms & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
+        order += free
+        for name in free:
+            del left[name]
