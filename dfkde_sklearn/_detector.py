@@ -25,10 +25,12 @@ from dfkde_sklearn._calibration import CalibratedOutlierMixin, labels, threshold
 from dfkde_sklearn._density.fit import copies, fit
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.buffers import DensityBuffers
+    from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.model import DfkdeModel
 
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
@@ -494,9 +496,12 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         `random_state` that is a generator.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._deploy.saved import save
+        from dfkde_sklearn._deploy.saved import Saved, save
 
-        save(self, path)
+        parameters = self.get_params(deep=False)
+        features = parameters.pop("features")
+        names = getattr(self, "feature_names_in_", np.array([])).tolist()
+        save(path, type(self).__name__, Saved(parameters, features, self.features_, names, self._buffers()))
 
     @classmethod
     def load(
@@ -540,7 +545,12 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         """
         from dfkde_sklearn._deploy.saved import load
 
-        return load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
+        saved = load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
+        detector = cls(saved.features, device=device, **saved.parameters)
+        detector._take(saved.buffers, saved.extractor)
+        if saved.feature_names:
+            detector.feature_names_in_ = np.array(saved.feature_names, dtype=object)
+        return detector
 
     def to_onnx(
         self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None, check: Any = None
@@ -575,7 +585,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         check_is_fitted(self)
         from dfkde_sklearn._deploy.export import write_onnx
 
-        write_onnx(self, path, image_shape, check)
+        write_onnx(self.to_torch(), path, image_shape, self._expected(check))
 
     def to_pt2(
         self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None, check: Any = None
@@ -601,7 +611,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         check_is_fitted(self)
         from dfkde_sklearn._deploy.export import write_program
 
-        write_program(self, path, image_shape, check)
+        write_program(self.to_torch(), path, image_shape, self._expected(check))
 
     def _scores_of_all(
         self,
@@ -648,6 +658,17 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
         return buffers
 
+    def _expected(self, X: Any) -> Expected | None:
+        """Return what an exported file must answer for X; None where X is None."""
+        from dfkde_sklearn._deploy.export import Expected
+
+        if X is None:
+            return None
+        if isinstance(self.features_, FeatureExtractor):
+            return Expected(X, self.score_samples(X))
+        rows = self._table(X)
+        return Expected(rows, self._scores(rows))
+
     def _take(self, buffers: DensityBuffers, extractor: Any) -> None:
         """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""
         buffers = copy.deepcopy(buffers)  # the arrays share the memory of the tensors
@@ -660,8 +681,11 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)
-        table = self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
-        return self._scores(table, full=full)
+        return self._scores(self._table(X), full=full)
+
+    def _table(self, X: Any) -> NDArray[np.number]:
+        """Return the feature matrix of rows or images."""
+        return self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
 
     @torch.inference_mode()
     def _scores(
