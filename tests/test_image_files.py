@@ -182,7 +182,7 @@ def test_dark_16_bit_images_are_warned_of_and_others_not():
         read(4000, 65535).warn_of_white_level()
     with pytest.warns(UserWarning, match="white_level=1023"):
         read(1000, 65535).warn_of_white_level()
-    with pytest.warns(UserWarning, match="is 5000, and all above white_level=4095"):
+    with pytest.warns(UserWarning, match="is 5000, and all values above white_level=4095"):
         read(5000, 4095).warn_of_white_level()
     for brightest, white in ((4096, 65535), (4000, 4095), (0, 65535), (256, 4095)):
         read(brightest, white).warn_of_white_level()
