@@ -32,7 +32,7 @@ from dfkde_sklearn._features.layers import (
     visit_layers,
 )
 from dfkde_sklearn._features.modules import NetworkModule
-from dfkde_sklearn._images import FULL_RANGE, Images
+from dfkde_sklearn._images import FULL_RANGE, MAX_SIDE, Images
 
 CROPS = ("squash", "center", "border")
 
@@ -177,7 +177,7 @@ class TimmFeatures(FeatureExtractor):
         "backbone_name_": is_text,
         "seed_": lambda value: value is None or is_integer_from(0)(value),
         "weights_hash_": is_text,
-        "input_size_": is_tuple_of(is_integer_from(1), 2),
+        "input_size_": is_tuple_of(lambda side: is_integer_from(1)(side) and side <= MAX_SIDE, 2),
         "mean_": is_tuple_of(is_number, 3),
         "std_": is_tuple_of(is_positive, 3),
         "interpolation_": is_text,
@@ -199,7 +199,7 @@ class TimmFeatures(FeatureExtractor):
         "crop": [StrOptions(set(CROPS))],
         "pretrained": ["boolean"],
         "weights": [str, os.PathLike, None],
-        "image_size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
+        "image_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
         "random_state": ["random_state"],
     }
 
@@ -536,6 +536,8 @@ def _height_and_width(image_size: Any) -> tuple[int, int] | None:
     if image_size is None:
         return None
     sides = [image_size] * 2 if isinstance(image_size, Integral) else list(image_size)
-    if len(sides) != 2 or not all(isinstance(side, Integral) and int(side) >= 1 for side in sides):
-        raise ValueError(f"image_size={image_size!r}. Allowed: (height, width), one int for both, or None.")
+    if len(sides) != 2 or not all(isinstance(side, Integral) and 1 <= int(side) <= MAX_SIDE for side in sides):
+        raise ValueError(
+            f"image_size={image_size!r}. Allowed: (height, width), one int for both, or None; sides up to {MAX_SIDE}."
+        )
     return int(sides[0]), int(sides[1])

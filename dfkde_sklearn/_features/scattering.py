@@ -22,7 +22,7 @@ from dfkde_sklearn._document import is_integer_from
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._features.modules import ScatteringModule
 from dfkde_sklearn._features.wavelets import STATISTICS, scattering_coefficients, wavelet_cascade
-from dfkde_sklearn._images import FULL_RANGE, Images
+from dfkde_sklearn._images import FULL_RANGE, MAX_SIDE, Images
 
 # Standard deviation of the rounding to 8 bits, for grey levels in [0, 1].
 ROUNDING = 1 / 255 / np.sqrt(12)
@@ -114,9 +114,9 @@ class ScatteringFeatures(FeatureExtractor):
 
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012 (scikit-learn's protocol)
         **FeatureExtractor._parameter_constraints,
-        "scales": [Interval(Integral, 1, None, closed="left")],
+        "scales": [Interval(Integral, 1, 13, closed="both")],
         "orientations": [Interval(Integral, 1, None, closed="left")],
-        "image_size": [Interval(Integral, 1, None, closed="left")],
+        "image_size": [Interval(Integral, 1, MAX_SIDE, closed="both")],
     }
 
     def __init__(
