@@ -1,4 +1,4 @@
-"""``dfkde`` and ``python -m dfkde_sklearn``: the command line as a process of its own."""
+"""``dfkde`` and ``python -m dfkde_sklearn``: the command line as a process."""
 
 from __future__ import annotations
 
@@ -7,49 +7,52 @@ import signal
 import sys
 from typing import NoReturn
 
+from dfkde_sklearn._cli.exit_codes import INTERRUPTED
+
 
 def main() -> int:
-    """Run the command line of this process, and return its exit code; see `dfkde_sklearn._cli.main`."""
+    """Run the command line of this process and return its exit code, one of `_cli.exit_codes`."""
     _open_closed_streams()
     on_interrupt = signal.getsignal(signal.SIGINT)
-    # To be ignored, in the background of a shell say, it stays.
+    # A process in the background of a shell ignores the signal, and has to go on doing so.
     is_ours = on_interrupt is signal.default_int_handler
     if is_ours:
-        # In the middle of an import there is nothing to clean up, and an exception may be taken for another.
+        # During the imports the signal ends the process: there is nothing to clean up, and a module that is being
+        # imported may catch the exception.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from dfkde_sklearn._cli import main as _cli
+    from dfkde_sklearn._cli.main import main as run
 
     try:
         if is_ours:
             signal.signal(signal.SIGINT, _interrupt)
-        code = _cli.main()
+        code = run()
     except KeyboardInterrupt:
-        code = _cli.INTERRUPTED
+        code = INTERRUPTED
     if is_ours:
-        # All is done, and nothing is left to wait for.
+        # Nothing is left to clean up.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if code == _cli.INTERRUPTED and os.name == "posix":
-            # Ended by the signal, so that a loop in a shell ends with it.
+        if code == INTERRUPTED and os.name == "posix":
+            # A shell ends its loop only if the signal has ended the process.
             os.kill(os.getpid(), signal.SIGINT)
     return code
 
 
 def _interrupt(*_: object) -> NoReturn:
-    """Raise KeyboardInterrupt; a second Ctrl-C, while what runs is cleaned up, ends the process at once."""
+    """Raise KeyboardInterrupt; a second Ctrl-C, during the cleanup, ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 def _open_closed_streams() -> None:
-    """Let standard streams that were closed at the start end nowhere.
+    """Connect standard streams that are closed to the null device.
 
-    The next file to be opened would get their number, and what a library prints.
+    Otherwise the next file to be opened would get their number, and the output of libraries.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # It gets the lowest number that is free: this one.
+            # The new descriptor has the lowest free number: this one.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

@@ -78,7 +78,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     >>> X, y = rng.normal(size=(120, 8)), np.repeat(["good", "bad"], [100, 20])
     >>> X[y == "bad", 5] += 6
     >>> search = GridSearchCV(
-    ...     AnomalyClassifier(DFKDEDetector(), anomaly_label="bad"),
+    ...     AnomalyClassifier(DFKDEDetector(residual=None), anomaly_label="bad"),
     ...     {"detector__n_components": [2, 8]},
     ...     scoring="roc_auc",
     ... ).fit(X, y)

@@ -25,10 +25,12 @@ from dfkde_sklearn._calibration import CalibratedOutlierMixin, labels, threshold
 from dfkde_sklearn._density.fit import copies, fit
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.buffers import DensityBuffers
+    from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.model import DfkdeModel
 
 # Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
@@ -165,7 +167,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     >>> detector.predict(new)
     array([ 1,  1, -1])
     >>> detector.p_values(new).round(2)
-    array([0.58, 0.43, 0.  ])
+    array([0.36, 0.75, 0.  ])
     """
 
     # The public path, which pickles and lists of trusted types name.
@@ -279,9 +281,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:
         """Fit to X, and return +1 for rows of X that are normal and -1 for the anomalous ones.
 
-        Each row is judged by a fit without it: -1 where `calibration_scores_` lies below `offset_`. ``fit(X).predict(X)`` would
-        not find the same: there each row is normal by its own kernel. Where `contamination` sets the threshold, rows
-        that left the fit have no kernel, both find the same, and -1 is exactly that share of the rows.
+        Each row is judged by its out-of-fold score: -1 where `calibration_scores_` lies below `offset_`.
+        ``fit(X).predict(X)`` would call nearly all rows normal, each by its own kernel. Where `contamination` sets the
+        threshold, both are the same, and -1 is exactly that share of the rows.
 
         Parameters
         ----------
@@ -293,6 +295,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Returns
         -------
         ndarray of shape (n_samples,), int64
+            +1 or -1.
         """
         return labels(self._margins(self._fit(X)))
 
@@ -493,9 +496,12 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         `random_state` that is a generator.
         """
         check_is_fitted(self)
-        from dfkde_sklearn._deploy.saved import save
+        from dfkde_sklearn._deploy.saved import Saved, save
 
-        save(self, path)
+        parameters = self.get_params(deep=False)
+        features = parameters.pop("features")
+        names = getattr(self, "feature_names_in_", np.array([])).tolist()
+        save(path, type(self).__name__, Saved(parameters, features, self.features_, names, self._buffers()))
 
     @classmethod
     def load(
@@ -539,7 +545,12 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         """
         from dfkde_sklearn._deploy.saved import load
 
-        return load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
+        saved = load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
+        detector = cls(saved.features, device=device, **saved.parameters)
+        detector._take(saved.buffers, saved.extractor)
+        if saved.feature_names:
+            detector.feature_names_in_ = np.array(saved.feature_names, dtype=object)
+        return detector
 
     def to_onnx(
         self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None, check: Any = None
@@ -574,7 +585,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         check_is_fitted(self)
         from dfkde_sklearn._deploy.export import write_onnx
 
-        write_onnx(self, path, image_shape, check)
+        write_onnx(self.to_torch(), path, image_shape, self._expected(check))
 
     def to_pt2(
         self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None, check: Any = None
@@ -600,7 +611,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         check_is_fitted(self)
         from dfkde_sklearn._deploy.export import write_program
 
-        write_program(self, path, image_shape, check)
+        write_program(self.to_torch(), path, image_shape, self._expected(check))
 
     def _scores_of_all(
         self,
@@ -647,6 +658,17 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
         return buffers
 
+    def _expected(self, X: Any) -> Expected | None:
+        """Return what an exported file must answer for X; None where X is None."""
+        from dfkde_sklearn._deploy.export import Expected
+
+        if X is None:
+            return None
+        if isinstance(self.features_, FeatureExtractor):
+            return Expected(X, self.score_samples(X))
+        rows = self._table(X)
+        return Expected(rows, self._scores(rows))
+
     def _take(self, buffers: DensityBuffers, extractor: Any) -> None:
         """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""
         buffers = copy.deepcopy(buffers)  # the arrays share the memory of the tensors
@@ -659,8 +681,11 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)
-        table = self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
-        return self._scores(table, full=full)
+        return self._scores(self._table(X), full=full)
+
+    def _table(self, X: Any) -> NDArray[np.number]:
+        """Return the feature matrix of rows or images."""
+        return self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
 
     @torch.inference_mode()
     def _scores(

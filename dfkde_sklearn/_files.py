@@ -1,4 +1,4 @@
-"""Output files: written whole or not at all, whatever happens meanwhile."""
+"""Output files and folders, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write `data` to `path`, so that whatever happens there is the old file or the new one.
+    """Write `data` to `path`; a kill or an error at any moment leaves the old file or the new one, whole.
 
-    A link stays a link, and the file it points to is written. A file that is replaced keeps its mode, and its owner as
-    far as this process may set it; the mode of a new one follows from the umask. Devices, pipes and open descriptors,
-    such as ``/dev/stdout``, are written to as they stand.
+    A link stays a link, and the file it points to is written. A file that is replaced keeps its mode, and its owner if
+    this process may set it; the mode of a new file follows from the umask. Devices, pipes and open descriptors, such
+    as ``/dev/stdout``, cannot be replaced: they are written to directly.
 
     Parameters
     ----------
@@ -28,12 +28,12 @@ def write_file(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     Raises
     ------
     OSError
-        If the file cannot be written. What was there before is still there.
+        If the file cannot be written. The old file is unchanged.
     """
     check_writable(path)
     descriptor = _descriptor(path)
     if descriptor is not None or is_stream(path):
-        # Without O_CREAT, so that a pipe that has gone meanwhile does not become a file.
+        # Without O_CREAT, so that a pipe that has just been removed does not become a file.
         opened = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
         with os.fdopen(opened, "wb") as stream:
             stream.write(data)
@@ -49,7 +49,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    # The new name is on the disk once the folder is; not every system lets folders be opened or synced.
+    # The new name is on the disk only after the folder is synced, which not every system allows.
     with suppress(OSError):
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -60,19 +60,19 @@ def write_file(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Lend an empty folder whose folders appear in the folder `path` at the end, or not at all.
+    """Yield an empty folder whose sub-folders are moved to the folder `path` at the end; after an error, none are.
 
-    They appear one by one, in order of their names, each of them whole.
+    They are moved one by one, in order of their names, each of them whole.
 
     Parameters
     ----------
     path : str or PathLike
-        An empty folder, or one that is made, with its parents.
+        An empty folder, or one that does not exist; its parents are made too.
 
     Yields
     ------
     Path
-        Where to write.
+        The folder to write to.
     """
     path = Path(path)
     is_new = not path.exists()
@@ -82,7 +82,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         hidden = Path(tempfile.mkdtemp(prefix=".dfkde-", dir=path))
         try:
             yield hidden
-            # One after the other, so that what has moved is known if one of them fails.
+            # Extended one by one, so that after an error `moved` holds what has been moved.
             moved.extend(entry.rename(path / entry.name) for entry in sorted(hidden.iterdir()))
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -96,7 +96,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise an OSError where `write_file` could not write, as far as that can be known without trying.
+    """Raise an OSError if `write_file` would fail, as far as that can be known without writing.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is a device, a pipe or an open descriptor, which cannot be replaced, only written to.
+    """Return whether `path` is a device, a pipe or an open descriptor: written to directly, never replaced.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     Returns
     -------
     bool
-        False also where there is nothing.
+        False also if nothing exists there.
     """
     path = Path(path)
     return _descriptor(path) is not None or (path.exists() and not path.is_file() and not path.is_dir())
@@ -139,11 +139,11 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
 def _descriptor(path: str | os.PathLike[str]) -> int | None:
     """Return the descriptor of this process that `path` names, as /dev/stdout does; None for other paths.
 
-    Behind it may be a file, as after ``> FILE`` in a shell: replaced, it would not be the file that the shell shows.
+    It may belong to a file, as after ``> FILE`` in a shell. That file must not be replaced: the shell has it open.
     """
     folders = [os.path.realpath(folder) for folder in ("/dev/fd", "/proc/self/fd")]
     name = Path(path).absolute()
-    # As many links as Linux follows.
+    # Linux follows at most 40 links.
     for _ in range(40):
         folder = os.path.realpath(name.parent)
         if folder in folders and name.name.isdecimal():
@@ -155,7 +155,7 @@ def _descriptor(path: str | os.PathLike[str]) -> int | None:
 
 
 def _write_beside(target: Path, temporary: Path, data: bytes | memoryview) -> None:
-    """Write the file `temporary`, for the place of `target`, to the disk."""
+    """Write the file `temporary` to the disk, with the mode and the owner of `target`, which it will replace."""
     try:
         old = target.stat()
     except FileNotFoundError:
@@ -169,20 +169,20 @@ def _write_beside(target: Path, temporary: Path, data: bytes | memoryview) -> No
         file.flush()
         os.fsync(file.fileno())
         if not os.fstat(file.fileno()).st_nlink:
-            # The folder's descriptor makes Python call linkat, which follows the link in /proc.
+            # With a descriptor as src_dir_fd, Python calls linkat, which follows the link in /proc.
             os.link(_in_proc(file.fileno()), temporary, src_dir_fd=file.fileno())
 
 
 def _new_descriptor(temporary: Path, mode: int) -> int:
-    """Open a new file that has no name yet, so that a kill leaves nothing behind, or else the name `temporary`."""
+    """Open a new file without a name, so that a kill leaves nothing behind; if that fails, one named `temporary`."""
     if hasattr(os, "O_TMPFILE"):
-        # Not every filesystem can.
+        # Not every filesystem supports it.
         with suppress(OSError):
             descriptor = os.open(temporary.parent, os.O_WRONLY | os.O_TMPFILE, mode)
             if _in_proc(descriptor).exists():
                 return descriptor
             os.close(descriptor)
-    # Exclusively: a name that somebody else has made, or a link, is an error.
+    # Exclusively: it is an error if a file or a link of that name exists.
     return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
 
 

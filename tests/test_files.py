@@ -31,7 +31,7 @@ def _new_files(request, monkeypatch):
 
 @pytest.fixture
 def fitted():
-    return DFKDEDetector(n_components=2, device="cpu").fit(np.random.default_rng(0).normal(size=(8, 3)))
+    return DFKDEDetector.original(n_components=2, device="cpu").fit(np.random.default_rng(0).normal(size=(8, 3)))
 
 
 def names(folder):

@@ -1,11 +1,23 @@
-"""What is printed: whatever is in it, on streams that may be closed, in an encoding that may lack its characters."""
+"""Lines, facts and tables on standard output; messages on standard error.
+
+Any text is safe to print: a stream may be closed, and its encoding may lack some characters.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TextIO
+
+import numpy as np
+
+from dfkde_sklearn._report.text import printable
+
+# Columns of tables that hold words; the others hold numbers.
+WORDS = ("path", "defect", "verdict")
 
 
 def print_line(text: str = "") -> None:
@@ -14,12 +26,12 @@ def print_line(text: str = "") -> None:
     Parameters
     ----------
     text : str
-        What is not printable in it is escaped, and what the encoding lacks.
+        Characters that are not printable, or that the encoding lacks, are escaped.
 
     Raises
     ------
     OSError
-        If standard output cannot be written to; BrokenPipeError if its reader has gone.
+        If standard output cannot be written to; BrokenPipeError if its reader has closed it.
     """
     _write_line(sys.stdout, text)
 
@@ -30,7 +42,7 @@ def print_bytes(data: bytes) -> None:
     Parameters
     ----------
     data : bytes
-        UTF-8 as a rule.
+        The content of a file.
 
     Raises
     ------
@@ -43,7 +55,7 @@ def print_bytes(data: bytes) -> None:
 
 
 def print_message(text: str) -> None:
-    """Print one line on standard error; where that cannot be written to, what was said is lost, and no more than that.
+    """Print one line on standard error; nothing happens if that cannot be written to.
 
     Parameters
     ----------
@@ -58,7 +70,7 @@ def print_message(text: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let a stream that cannot be written to end nowhere, since Python fails on what is left in it at its end.
+    """Send a stream that cannot be written to to the null device, since Python fails to flush it at exit.
 
     Parameters
     ----------
@@ -72,22 +84,62 @@ def silence(stream: TextIO) -> None:
         os.close(nowhere)
 
 
-def printable(text: str) -> str:
-    r"""Return the text on one line, with escapes for what is not printable, such as ``\n`` or ``\x1b``.
+def say(options: argparse.Namespace, text: str) -> None:
+    """Print one line of progress on standard error, unless --quiet is given."""
+    if not options.quiet:
+        print_message(text)
 
-    Parameters
-    ----------
-    text : str
-        Names of files, and messages with them.
 
-    Returns
-    -------
-    str
-        No terminal takes it for commands, and no table for two lines.
-    """
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+def shows_progress(options: argparse.Namespace) -> bool:
+    """Return whether to show progress bars: only in a terminal, since each step of a bar is a line of a file."""
+    return not options.quiet and sys.stderr.isatty()
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and values, one pair a line."""
+    for name, value in facts.items():
+        print_line(f"{name:<24}{value}")
+
+
+def print_table(heading: str | None, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of aligned columns, below a heading if there is one."""
+    if heading is not None:
+        print_heading(heading)
+    lines = [header, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if name in WORDS else cell.rjust(width)
+            for name, cell, width in zip(header, line, widths, strict=True)
+        ]
+        print_line("  ".join(cells).rstrip())
+
+
+def print_heading(heading: str) -> None:
+    """Print a line between empty lines."""
+    print_line()
+    print_line(heading)
+    print_line()
+
+
+def percent(share: float) -> str:
+    """Return a share as text, in per cent."""
+    return f"{100 * share:.3g} %"
+
+
+def numbers(
+    score: np.floating | None, p_anomalous: np.floating | None, p_value: np.floating | None
+) -> tuple[str, str, str]:
+    """Return the cells of a table for an image's score, P(anomalous) and p-value; dashes if there is no score."""
+    if score is None:
+        return "-", "-", "-"
+    return f"{score:.2f}", f"{p_anomalous:.3f}", f"{p_value:.4f}"
+
+
+def one_line(message: object) -> str:
+    """Return a message on one line; where it names a setting of Python, the option of the command line is added."""
+    line = " ".join(str(message).split()) or type(message).__name__
+    return f"{line} On the command line: --max-pixels N." if "MAX_IMAGE_PIXELS" in line else line
 
 
 def _write_line(stream: TextIO, text: str) -> None:

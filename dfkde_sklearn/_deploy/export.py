@@ -7,22 +7,19 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import expit
 from torch import Tensor, nn
 
 from dfkde_sklearn._deploy.model import DfkdeModel
 from dfkde_sklearn._deploy.preprocessing import Preprocessing
-from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._images import as_images, image_batches
-
-if TYPE_CHECKING:
-    from dfkde_sklearn._detector import DFKDEDetector
 
 # Resize, GroupNormalization and LayerNormalization of backbones have their present form since 18 (2022).
 OPSET = 18
@@ -39,19 +36,30 @@ _TOLERANCES = {"images": 1e-3, "float32": 1e-4, "float64": 1e-8}
 Run = Callable[[Tensor], Sequence[Any]]
 
 
+class Expected(NamedTuple):
+    """What an exported file must answer.
+
+    X : images, or an array of feature rows (n, n_features) for a model without a feature extractor.
+    log_densities : ndarray (n,), of the detector.
+    """
+
+    X: Any
+    log_densities: NDArray[np.floating]
+
+
 def write_onnx(
-    detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, check: Any
+    model: DfkdeModel, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
 ) -> None:
-    """Write a fitted detector as one ONNX file; see `DFKDEDetector.to_onnx`."""
+    """Write a fitted model as one ONNX file; see `DFKDEDetector.to_onnx`."""
     try:
-        for package in ("onnx", "onnxscript", *(() if check is None else ("onnxruntime",))):
+        for package in ("onnx", "onnxscript", *(() if expected is None else ("onnxruntime",))):
             importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
             f"to_onnx needs the packages onnx and onnxscript, and check= needs onnxruntime ({error}): "
             "pip install 'dfkde-sklearn[onnx]'."
         ) from error
-    scorer, name, example = _scorer(detector, image_shape)
+    scorer, name, example = _scorer(model, image_shape)
     with warnings.catch_warnings():
         # The exporter warns of its own internals.
         warnings.simplefilter("ignore")
@@ -68,7 +76,7 @@ def write_onnx(
         )
     assert program is not None
     data = program.model_proto.SerializeToString()
-    if check is not None:
+    if expected is not None:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
@@ -76,21 +84,21 @@ def write_onnx(
         def run(batch: Tensor) -> Sequence[Any]:
             return session.run(list(OUTPUTS), {name: batch.numpy()})
 
-        _check(run, "ONNX Runtime", detector, image_shape, check)
+        _check(run, "ONNX Runtime", model, image_shape, expected)
     write_file(path, data)
 
 
 def write_program(
-    detector: DFKDEDetector, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, check: Any
+    model: DfkdeModel, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
 ) -> None:
-    """Write a fitted detector as a program of torch.export; see `DFKDEDetector.to_pt2`."""
-    scorer, _, example = _scorer(detector, image_shape)
+    """Write a fitted model as a program of torch.export; see `DFKDEDetector.to_pt2`."""
+    scorer, _, example = _scorer(model, image_shape)
     program = torch.export.export(scorer, (example,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},))
     stream = io.BytesIO()
     torch.export.save(program, stream)
-    if check is not None:
+    if expected is not None:
         stream.seek(0)
-        _check(torch.export.load(stream).module(), "torch.export", detector, image_shape, check)
+        _check(torch.export.load(stream).module(), "torch.export", model, image_shape, expected)
     write_file(path, stream.getbuffer())
 
 
@@ -122,9 +130,9 @@ class Scorer(nn.Module):
         return log_densities, self.model.compute_probabilities(log_densities), 2 * is_normal.long() - 1
 
 
-def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
+def _scorer(model: DfkdeModel, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
     """Return what is exported, the name of its input, and an example of it."""
-    model = detector.to_torch().eval()
+    model.eval()
     dtype = model.density.kernel_centers.dtype
     if model.feature_extractor is None:
         if image_shape is not None:
@@ -141,20 +149,20 @@ def _scorer(detector: DFKDEDetector, image_shape: tuple[int, int] | None) -> tup
     return Scorer(model, preprocessing), "images", torch.zeros(_TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
 
 
-def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: Any) -> None:
-    """Raise a ValueError unless an exported file gives for X what the detector gives."""
-    scores = detector.score_samples(X).astype(np.float64)
-    excess = scores - detector.offset_
-    is_of_images = isinstance(detector.features_, FeatureExtractor)
-    tolerance = _TOLERANCES["images" if is_of_images else str(detector.kernel_centers_.dtype)]
+def _check(run: Run, runtime: str, model: DfkdeModel, image_shape: tuple[int, int] | None, reference: Expected) -> None:
+    """Raise a ValueError unless an exported file gives what the detector gives."""
+    scores = reference.log_densities.astype(np.float64)
+    excess, steepness = scores - model.threshold_offset, model.threshold_steepness
+    dtype = str(model.density.kernel_centers.dtype).removeprefix("torch.")
+    tolerance = _TOLERANCES[dtype if model.feature_extractor is None else "images"]
     near = tolerance * np.maximum(1.0, np.abs(scores))
     # The right values, and by how much they may be missed: a label by any, where the score is at the threshold.
     right = {
         "log_density": (scores, near),
-        "p_anomalous": (expit(-detector.threshold_steepness * excess), max(1.0, detector.threshold_steepness) * near),
+        "p_anomalous": (expit(-steepness * excess), max(1.0, steepness) * near),
         "label": (np.where(excess < 0, -1.0, 1.0), np.where(np.abs(excess) <= near, np.inf, 0.0)),
     }
-    outputs = [run(batch) for batch in _batches(detector, image_shape, X)]
+    outputs = [run(batch) for batch in _batches(model, image_shape, reference.X)]
     for name, parts in zip(OUTPUTS, zip(*outputs, strict=True), strict=True):
         found = np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
         expected, allowed = right[name]
@@ -171,17 +179,12 @@ def _check(run: Run, runtime: str, detector: DFKDEDetector, image_shape: tuple[i
             )
 
 
-def _batches(detector: DFKDEDetector, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
+def _batches(model: DfkdeModel, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
     """Yield what an exported file is given for X, a few rows at a time."""
-    extractor: Any = detector.features_
-    if not isinstance(extractor, FeatureExtractor):
-        rows = detector._validated(X if extractor is None else extractor.transform(X), reset=False)
-        yield from (
-            torch.from_numpy(np.array(rows))
-            .to(getattr(torch, str(detector.kernel_centers_.dtype)))
-            .split(_CHECKED_ROWS)
-        )
+    if model.feature_extractor is None:
+        yield from torch.from_numpy(np.array(X)).to(model.density.kernel_centers.dtype).split(_CHECKED_ROWS)
         return
+    extractor: Any = model.feature_extractor.extractor
 
     def pixels(picture: Image.Image) -> Tensor:
         if (picture.height, picture.width) != image_shape:

@@ -150,8 +150,8 @@ class DfkdeModel(nn.Module):
         Returns
         -------
         DfkdeModel
-            Fitted. Its densities are the original's formula, evaluated in float64. `calibration_scores` leave out each row's
-            own kernel only, since the file lacks what a refit needs.
+            Fitted. Its densities are the original's formula, evaluated in float64. Its calibration scores leave out
+            only each row's own kernel, since the file lacks what a refit needs.
 
         Raises
         ------

@@ -13,14 +13,14 @@ import os
 import platform
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import sklearn
 import torch
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from torch import Tensor, nn
 
 from dfkde_sklearn._deploy.buffers import DensityBuffers
@@ -30,41 +30,48 @@ from dfkde_sklearn._features.network import TimmFeatures
 from dfkde_sklearn._features.scattering import ScatteringFeatures
 from dfkde_sklearn._files import write_file
 
-if TYPE_CHECKING:
-    from dfkde_sklearn._detector import DFKDEDetector
-
 FORMAT = "dfkde-sklearn"
 FORMAT_VERSION = 2
 _DIGITS = "0" * 64
 # The feature extractors that a file may name.
 _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind in (TimmFeatures, ScatteringFeatures)}
 
-_Detector = TypeVar("_Detector", bound="DFKDEDetector")
+# Parameters that are the affair of the machine, or kept elsewhere in the file.
+_NOT_KEPT = ("features", "device")
 
 
-def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
-    """Write a fitted detector to `path`; see `DFKDEDetector.save`."""
+class Saved(NamedTuple):
+    """All that a file holds of a fitted detector.
+
+    parameters : dict, of the constructor, without `features`.
+    features : the parameter: "auto", None, or a feature extractor like the fitted one.
+    extractor : the fitted feature extractor, or None.
+    feature_names : list of str, of the columns; empty where they have none.
+    buffers : DensityBuffers, fitted.
+    """
+
+    parameters: dict[str, Any]
+    features: Any
+    extractor: Any
+    feature_names: list[str]
+    buffers: DensityBuffers
+
+
+def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
+    """Write a fitted detector of a class named `owner` to `path`; see `DFKDEDetector.save`."""
     import timm
 
     from dfkde_sklearn import __version__
 
-    extractor = None if detector.features_ is None else _described_extractor(detector.features_)
+    kept = {name: value for name, value in saved.parameters.items() if name not in _NOT_KEPT}
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "sha256": _DIGITS,
-        "parameters": as_json(
-            {
-                name: value
-                for name, value in detector.get_params(deep=False).items()
-                if name not in ("features", "device")
-            },
-            "DFKDEDetector",
-        ),
-        # "auto" and None are values of the parameter; "extractor" is a transformer like the fitted one.
-        "features": detector.features if detector.features in ("auto", None) else "extractor",
-        "extractor": extractor,
-        "feature_names": getattr(detector, "feature_names_in_", np.array([])).tolist(),
+        "parameters": as_json(kept, owner),
+        "features": saved.features if saved.features in ("auto", None) else "extractor",
+        "extractor": None if saved.extractor is None else _described_extractor(saved.extractor),
+        "feature_names": saved.feature_names,
         "versions": {
             "dfkde-sklearn": __version__,
             "python": platform.python_version(),
@@ -74,40 +81,36 @@ def save(detector: DFKDEDetector, path: str | os.PathLike[str]) -> None:
             "torch": str(torch.__version__),
         },
     }
-    tensors = {name: value.contiguous() for name, value in detector._buffers().state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in saved.buffers.state_dict().items()}
     data = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
     write_file(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
 
 
 def load(
     path: str | os.PathLike[str],
-    kind: type[_Detector],
+    kind: type[BaseEstimator],
     *,
     backbone: nn.Module | None,
     weights: str | os.PathLike[str] | None,
     device: str | torch.device | None,
     download: bool,
-) -> _Detector:
-    """Return the detector of class `kind` in the file at `path`; see `DFKDEDetector.load`."""
+) -> Saved:
+    """Return what the file at `path` holds, checked, of a detector of class `kind`; see `DFKDEDetector.load`."""
     header, tensors = _read(Path(path))
     try:
+        extractor = None
         if header["extractor"] is not None:
             kind_of_extractor = _EXTRACTORS[header["extractor"]["class"]]
             extractor = kind_of_extractor.from_document(
                 header["extractor"], backbone=backbone, weights=weights, device=device
             )
-        elif backbone is None and weights is None:
-            extractor = None
-        else:
+        elif backbone is not None or weights is not None:
             raise ValueError(f"{str(path)!r} has no feature extractor: load it without backbone= and weights=.")
-        features = {"auto": "auto", None: None, "extractor": clone(extractor) if extractor else None}[
-            header["features"]
-        ]
-        detector = kind(
-            features, device=device, **checked_parameters(header["parameters"], kind, ("features", "device"))
-        )
-        detector._validate_params()
-        buffers = DensityBuffers(detector.scaling, 1.0, 0.0)
+        known = {"auto": "auto", None: None, "extractor": clone(extractor) if extractor else None}
+        features = known[header["features"]]
+        parameters = checked_parameters(header["parameters"], kind, _NOT_KEPT)
+        kind(**parameters)._validate_params()
+        buffers = DensityBuffers(parameters["scaling"], 1.0, 0.0)
         buffers.load_state_dict(tensors)
         names = header["feature_names"]
         n_features = len(buffers.mean)
@@ -117,16 +120,13 @@ def load(
             raise ValueError(f"features is {header['features']!r}, which contradicts the feature extractor")
         if extractor is not None and extractor.n_features_out_ != n_features:
             raise ValueError("the feature extractor and the density have different numbers of features")
-        if buffers.scaling != detector.scaling or not buffers.is_fitted:
+        if buffers.scaling != parameters["scaling"] or not buffers.is_fitted:
             raise ValueError("its tensors contradict its parameters")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
-    detector._take(buffers, extractor)
-    if names:
-        detector.feature_names_in_ = np.array(names, dtype=object)
     if extractor is not None:
         extractor.check_weights(download=download)
-    return detector
+    return Saved(parameters, features, extractor, names, buffers)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""A picture of many pictures: the contact sheet that the command line draws."""
+"""A contact sheet: one picture of many images, each with a verdict and captions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
 
-from dfkde_sklearn._cli.output import printable
+from dfkde_sklearn._report.text import printable
 
+# Tiles in a row.
+COLUMNS = 6
 # Lengths in pixels.
 TILE = 200
 GAP = 16
@@ -32,11 +34,11 @@ DEFECT = (255, 96, 0)
 class Tile(NamedTuple):
     """An image on the sheet.
 
-    picture : PIL image, of any size.
-    caption : str, the first line below it; shortened from the left where it is too long.
+    picture : PIL image, of any size and mode.
+    caption : str, the first line below it; the end of it if it is too long.
     detail : str, the second line.
     anomalous : bool, the verdict: the colour of the bar above the captions.
-    mask : ndarray (height, width) of bool, outlined on the picture; None for none.
+    mask : ndarray (height, width) of bool, outlined on the picture; None draws no outline.
     """
 
     picture: Image.Image
@@ -53,8 +55,10 @@ class Section(NamedTuple):
     tiles: Sequence[Tile]
 
 
-def contact_sheet(title: str, notes: Sequence[str], sections: Sequence[Section], *, columns: int = 6) -> Image.Image:
-    """Return a picture of the tiles, section by section, in rows.
+def contact_sheet(
+    title: str, notes: Sequence[str], sections: Sequence[Section], *, columns: int = COLUMNS
+) -> Image.Image:
+    """Return one picture of all tiles, in rows below the headings of their sections.
 
     Parameters
     ----------
@@ -63,7 +67,7 @@ def contact_sheet(title: str, notes: Sequence[str], sections: Sequence[Section],
     notes : sequence of str
         The lines below it, in smaller type.
     sections : sequence of Section
-        What is shown; sections without tiles are left out.
+        The tiles; sections without any are left out.
     columns : int, default=6
         Tiles in a row.
 
@@ -114,7 +118,7 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
 
 
 def _outlined(picture: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-    """Return the picture with a line around the mask, outside of it, so that the defect stays visible."""
+    """Return the picture with a line around the mask, outside it so that the defect stays visible."""
     inside = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
     around = binary_dilation(inside, iterations=OUTLINE) & ~inside
     pixels = np.array(picture)
@@ -123,7 +127,7 @@ def _outlined(picture: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """Return the end of the text that is as wide as a tile: of a path, the end tells images apart."""
+    """Return the end of the text, no wider than a tile: images are distinguished by the end of their path."""
     text = printable(text)
     if font.getlength(text) <= TILE:
         return text

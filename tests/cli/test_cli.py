@@ -1,4 +1,4 @@
-"""The command line, run in this process: what it finds, what it writes, and what it says of mistakes."""
+"""The command line, run in this process: its results, its files, and its errors."""
 
 import csv
 import io
@@ -21,10 +21,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import DFKDEDetector
-from dfkde_sklearn._cli.main import main
+from dfkde_sklearn import DFKDEDetector, TimmFeatures
+from dfkde_sklearn._cli.arguments import detector_parameters
+from dfkde_sklearn._cli.main import main, parser
+from dfkde_sklearn._density.scoring import FeatureDensity
 from dfkde_sklearn._features import scattering
-from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL, TILE, Section, Tile, contact_sheet
+from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL
 from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
 
 SCATTERING = ("--features", "scattering", "--image-size", "64", "--residual", "box")
@@ -80,7 +82,7 @@ def fact(printed, name):
     return line.removeprefix(name).strip()
 
 
-def test_demo_tells_good_from_defective_and_keeps_its_rate_of_false_alarms(demo):
+def test_demo_distinguishes_good_from_defective_and_keeps_its_rate_of_false_alarms(demo):
     printed, _ = demo
     assert float(fact(printed, "AUROC")) > 0.95
     assert fact(printed, "False alarms asked for") == "5 %"
@@ -219,7 +221,7 @@ def test_an_image_named_twice_is_scored_once(fitted, textures, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1 + 20
 
 
-def test_the_exit_code_tells_of_anomalies_where_it_is_asked_to(fitted, textures, tmp_path):
+def test_the_exit_code_reports_anomalies_if_asked_to(fitted, textures, tmp_path):
     assert run("score", fitted, textures / "test", "--csv", tmp_path / "table.csv") == 0
     verdicts = {row["verdict"]: row["path"] for row in rows_of(tmp_path / "table.csv")}
     assert run("score", fitted, *verdicts.values(), "--exit-code") == 1
@@ -252,6 +254,15 @@ def test_a_backbone_and_its_layers_describe_the_images(textures, weights, tmp_pa
     assert run("score", tmp_path / "dfkde-model.safetensors", Path("test", "good")) == 0
 
 
+@pytest.mark.parametrize("crop", [None, "squash", "center", "border"])
+def test_the_crop_of_the_backbone_can_be_chosen(crop, textures, weights, tmp_path):
+    chosen = () if crop is None else ("--crop", crop)
+    arguments = ("--features", "test_resnet", "--weights", weights, "--model", tmp_path / "model", *chosen)
+    assert run("fit", textures / "train" / "good", *arguments) == 0
+    features = DFKDEDetector.load(tmp_path / "model").features_
+    assert features.crop == features.crop_mode_ == (crop or TimmFeatures().crop)
+
+
 def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
     good, model = textures / "train" / "good", tmp_path / "model"
     assert run("fit", good, "--features", "test_resnet", "--weights", weights, "--model", model) == 0
@@ -264,7 +275,7 @@ def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == before
 
 
-def test_pretrained_weights_that_are_not_to_be_had_are_an_error_with_the_ways_out(
+def test_pretrained_weights_that_are_not_available_are_an_error_with_the_ways_out(
     textures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -288,13 +299,13 @@ def test_the_settings_of_one_run_are_not_in_the_model(textures, tmp_path):
 
 def test_a_second_run_describes_only_images_that_are_not_in_the_cache(textures, tmp_path, monkeypatch, capsys):
     described = []
-    whole = scattering.scattering_coefficients
+    coefficients = scattering.scattering_coefficients
 
     def counted(batch, *arguments):
         described.append(len(batch))
-        return whole(batch, *arguments)
+        return coefficients(batch, *arguments)
 
-    monkeypatch.setattr(_scattering, "scattering_coefficients", counted)
+    monkeypatch.setattr(scattering, "scattering_coefficients", counted)
     good, cache = textures / "train" / "good", ("--cache", tmp_path / "cache")
     for model, n in (("first", 60), ("second", 60)):
         assert run("fit", good, *SCATTERING, "--model", tmp_path / model, *cache) == 0
@@ -308,6 +319,38 @@ def test_a_second_run_describes_only_images_that_are_not_in_the_cache(textures, 
     assert printed[0] == printed[1] == printed[2]
     assert run("cache", "size", tmp_path / "cache") == 0
     assert "80, one for each image and layer" in capsys.readouterr().out
+
+
+def test_an_image_costs_one_pass_of_the_extractor_and_one_evaluation_of_the_density(
+    fitted, textures, tmp_path, monkeypatch
+):
+    described, evaluated = [], []
+    coefficients, log_density = scattering.scattering_coefficients, FeatureDensity.log_density
+
+    def counted_coefficients(batch, *arguments):
+        described.append(len(batch))
+        return coefficients(batch, *arguments)
+
+    def counted_log_density(self, rows, *arguments, **options):
+        evaluated.append(len(rows))
+        return log_density(self, rows, *arguments, **options)
+
+    monkeypatch.setattr(scattering, "scattering_coefficients", counted_coefficients)
+    monkeypatch.setattr(FeatureDensity, "log_density", counted_log_density)
+    assert run("score", fitted, textures / "test", "--csv", "-") == 0
+    assert (sum(described), sum(evaluated)) == (40, 40)
+    described.clear()
+    evaluated.clear()
+    # 60 images for the fit, whose calibration scores come from elsewhere, and 40 for the test.
+    assert run("fit", textures, *SCATTERING, "--model", tmp_path / "model") == 0
+    assert (sum(described), sum(evaluated)) == (60 + 40, 40)
+
+
+@pytest.mark.parametrize("command", ["demo", "fit"])
+def test_the_defaults_are_those_of_the_detector(command):
+    options = parser().parse_args([command, "folder"][: 1 + (command == "fit")])
+    defaults = DFKDEDetector().get_params()
+    assert detector_parameters(options) == {name: defaults[name] for name in ("n_components", "residual", "target_fpr")}
 
 
 # Files
@@ -417,6 +460,7 @@ MISTAKES = {
     "fit {images} --features resnet1": "is not a model of timm",
     "fit {images} --features test_resnet --weights no.safetensors": "no.safetensors': there is no such file",
     "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
+    "fit {images} --features scattering --crop center": "--crop is for a backbone",
     "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of DFKDEDetector must be",
     "fit {images} --features scattering --device tpu9": "device='tpu9'",
     "fit {images} --features scattering --device meta": "device='meta'. Allowed: 'cpu', 'cuda'",
@@ -602,29 +646,3 @@ def test_the_package_runs_as_a_module():
     assert done.stderr == ""
     for command in ("demo", "fit", "score"):
         assert re.search(rf"^ +{command} +\w", done.stdout, re.MULTILINE)
-
-
-# The picture
-
-
-def test_a_mask_is_outlined_and_not_painted_over():
-    mask = np.zeros((TILE, TILE), dtype=bool)
-    mask[50:80, 60:120] = True
-    grey = Image.new("L", (TILE, TILE), 90)
-    sheet = np.asarray(contact_sheet("", [], [Section("", [Tile(grey, "", "", True, mask)])]))
-    rows, columns = np.nonzero((sheet == DEFECT).all(axis=-1))
-    top, left = rows.min(), columns.min()
-    assert (rows.max() - top + 1, columns.max() - left + 1) == (30 + 4, 60 + 4)
-    assert (sheet[top + 2 : top + 32, left + 2 : left + 62] == 90).all()
-
-
-def test_every_tile_is_on_the_sheet_and_empty_sections_are_not():
-    def tile(anomalous):
-        return Tile(Image.new("L", (30, 90)), "a long name " * 9, "", anomalous)
-
-    sections = [Section("a", [tile(True)] * 7), Section("b", []), Section("c", [tile(False)] * 2)]
-    sheet = np.asarray(contact_sheet("title", ["note"], sections, columns=3))
-    bars = [(sheet == colour).all(axis=-1).sum() / TILE for colour in (ANOMALOUS, NORMAL)]
-    assert bars[0] / 7 == bars[1] / 2
-    without = contact_sheet("title", ["note"], [sections[0], sections[2]], columns=3)
-    assert sheet.shape[:2] == (without.height, without.width)

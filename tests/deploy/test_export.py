@@ -99,7 +99,7 @@ def test_onnx_of_features_is_the_detector_far_outliers_included(parameters, dtyp
 @pytest.mark.parametrize("scaling", ["scale", "norm"])
 def test_onnx_of_features_is_scipys_log_density(scaling, tmp_path):
     X, new = rows(60, dtype=np.float64), rows(9, 2, np.float64)
-    session = session_of(DFKDEDetector(n_components=4, scaling=scaling).fit(X), tmp_path / "model.onnx")
+    session = session_of(DFKDEDetector.original(n_components=4, scaling=scaling).fit(X), tmp_path / "model.onnx")
     axes = np.linalg.svd(X - X.mean(0), full_matrices=False)[2][:4]
     train, test = ((table - X.mean(0)) @ axes.T for table in (X, new))
     lengths = np.linalg.norm(train, axis=1)
@@ -122,7 +122,7 @@ def test_onnx_of_images_is_the_detector(detector, image_shape, tmp_path):
 
 
 def test_onnx_of_a_transformer_is_the_detector(tmp_path):
-    detector = DFKDEDetector(extractor("test_vit"), n_components=4).fit(pictures(16))
+    detector = DFKDEDetector.original(extractor("test_vit"), n_components=4).fit(pictures(16))
     session = session_of(detector, tmp_path / "model.onnx")
     new = pictures(3, 1)
     batch = detector.to_torch().read_images(new).numpy()
@@ -132,7 +132,7 @@ def test_onnx_of_a_transformer_is_the_detector(tmp_path):
 def test_onnx_has_the_documented_opset_in_one_file(tmp_path):
     onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
-    DFKDEDetector(n_components=5).fit(rows(40)).to_onnx(tmp_path / "model.onnx")
+    DFKDEDetector.original(n_components=5).fit(rows(40)).to_onnx(tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert [(entry.domain, entry.version) for entry in model.opset_import if not entry.domain] == [("", 18)]
@@ -141,7 +141,7 @@ def test_onnx_has_the_documented_opset_in_one_file(tmp_path):
 def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"dfkde-sklearn\[onnx\]"):
-        DFKDEDetector(n_components=5).fit(rows(40)).to_onnx(tmp_path / "model.onnx")
+        DFKDEDetector.original(n_components=5).fit(rows(40)).to_onnx(tmp_path / "model.onnx")
 
 
 # ---- OpenVINO
@@ -196,7 +196,9 @@ class OwnPooling(torch.nn.Module):
     "pool", [lambda positions: positions.mean(-1), lambda positions: positions.transpose(1, 2).amax(1)]
 )
 def test_openvino_of_a_network_that_pools_by_itself_is_the_detector(pool, tmp_path):
-    detector = DFKDEDetector(TimmFeatures(OwnPooling(pool).eval(), device="cpu"), n_components=3).fit(pictures(16))
+    detector = DFKDEDetector.original(TimmFeatures(OwnPooling(pool).eval(), device="cpu"), n_components=3).fit(
+        pictures(16)
+    )
     new = pictures(5, 1)
     batch = detector.to_torch().read_images(new).numpy()
     assert_same(openvino_outputs(detector, tmp_path / "model.onnx", batch), detector, new, 1e-4, 1e-4)
@@ -241,10 +243,12 @@ def export(detector, method, path, **options):
 @pytest.mark.parametrize(("method", "runtime"), EXPORTS)
 def test_an_export_that_is_right_passes_its_check(method, runtime, tmp_path, detector):
     X = rows(80)
-    export(DFKDEDetector(n_components=5).fit(X), method, tmp_path / "rows", check=far_rows(40, 3, np.float32))
+    export(DFKDEDetector.original(n_components=5).fit(X), method, tmp_path / "rows", check=far_rows(40, 3, np.float32))
     export(detector, method, tmp_path / "images", image_shape=(70, 60), check=list(pictures(3, 1)))
     flat = FunctionTransformer(lambda images: images.reshape(len(images), -1)[:, :50].astype(np.float32))
-    export(DFKDEDetector(flat, n_components=3).fit(pictures(10)), method, tmp_path / "own", check=pictures(3, 1))
+    export(
+        DFKDEDetector.original(flat, n_components=3).fit(pictures(10)), method, tmp_path / "own", check=pictures(3, 1)
+    )
     assert {file.name for file in tmp_path.iterdir()} == {"rows", "images", "own"}
 
 
@@ -265,7 +269,7 @@ class Skewed(torch.nn.Module):
 
 @pytest.mark.parametrize(("method", "runtime"), EXPORTS)
 def test_an_export_that_is_wrong_is_named_and_not_written(method, runtime, tmp_path):
-    detector = DFKDEDetector(TimmFeatures(Skewed().eval(), device="cpu"), n_components=3).fit(pictures(16))
+    detector = DFKDEDetector.original(TimmFeatures(Skewed().eval(), device="cpu"), n_components=3).fit(pictures(16))
     path = tmp_path / "model"
     with pytest.raises(ValueError, match=rf"check\[\d+\] has log_density \S+ in {runtime} and \S+ in the detector, "):
         export(detector, method, path, check=pictures(3, 1))
@@ -284,7 +288,7 @@ def test_images_of_another_size_than_the_file_takes_are_named(tmp_path, detector
 
 
 def test_the_check_needs_onnxruntime_and_says_so_before_the_export(tmp_path, monkeypatch):
-    detector = DFKDEDetector(n_components=5).fit(rows(40))
+    detector = DFKDEDetector.original(n_components=5).fit(rows(40))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"onnxruntime.*dfkde-sklearn\[onnx\]"):
         detector.to_onnx(tmp_path / "model.onnx", check=rows(3))
@@ -341,7 +345,7 @@ def test_exported_preprocessing_is_timms_to_the_pixel(interpolation, crop, shape
 
 def test_the_check_of_an_export_reads_16_bit_images_as_the_detector_does(tmp_path):
     deep = np.random.default_rng(0).integers(0, 4096, (12, 70, 60), dtype=np.uint16)
-    detector = DFKDEDetector(extractor(white_level=4095), n_components=3).fit(deep)
+    detector = DFKDEDetector.original(extractor(white_level=4095), n_components=3).fit(deep)
     detector.to_pt2(tmp_path / "model.pt2", check=deep[:4])
     assert (tmp_path / "model.pt2").exists()
 
@@ -352,10 +356,10 @@ def test_the_check_of_an_export_reads_16_bit_images_as_the_detector_does(tmp_pat
 def test_what_cannot_be_exported_is_refused(tmp_path, detector):
     scattering = ScatteringFeatures(scales=2, orientations=4, image_size=32)
     with pytest.raises(ValueError, match=r"ScatteringFeatures.*features=None"):
-        DFKDEDetector(scattering, n_components=3).fit(pictures(10)).to_pt2(tmp_path / "model.pt2")
+        DFKDEDetector.original(scattering, n_components=3).fit(pictures(10)).to_pt2(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="no images to resize"):
-        DFKDEDetector(n_components=3).fit(rows(20)).to_pt2(tmp_path / "model.pt2", image_shape=(30, 30))
-    bordered = DFKDEDetector(extractor(crop="border"), n_components=3).fit(pictures(10))
+        DFKDEDetector.original(n_components=3).fit(rows(20)).to_pt2(tmp_path / "model.pt2", image_shape=(30, 30))
+    bordered = DFKDEDetector.original(extractor(crop="border"), n_components=3).fit(pictures(10))
     with pytest.raises(ValueError, match="crop='border' pads its images"):
         bordered.to_pt2(tmp_path / "model.pt2", image_shape=(70, 60))
     with pytest.raises(ValueError, match=r"image_shape=\(0, 60\)"):

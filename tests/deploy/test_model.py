@@ -73,7 +73,7 @@ def test_scores_are_the_originals_formula(pre_processing, n, width, d):
     expected = slow_log_density(X, new, d, pre_processing)
     model = on_features(X, n_comps=d, pre_processing=pre_processing)
     np.testing.assert_allclose(model.compute_kde_scores(torch.from_numpy(new), True), expected, rtol=1e-9)
-    detector = DFKDEDetector(n_components=d, scaling=pre_processing).fit(X)
+    detector = DFKDEDetector.original(n_components=d, scaling=pre_processing).fit(X)
     np.testing.assert_allclose(detector.score_samples(new), expected, rtol=1e-9)
     traced = model.density.traceable_log_density(torch.from_numpy(new))
     np.testing.assert_allclose(traced, expected, rtol=1e-9)
@@ -324,7 +324,9 @@ def test_a_detector_of_images_and_its_module_give_the_same_probabilities(extract
 @pytest.mark.parametrize("contamination", ["auto", 0.1])
 def test_a_detector_of_features_comes_back_from_its_module(scaling, contamination):
     X, new = rows(60), rows(10, seed=2)
-    detector = DFKDEDetector(n_components=5, scaling=scaling, contamination=contamination, bandwidth="loo").fit(X)
+    detector = DFKDEDetector.original(
+        n_components=5, scaling=scaling, contamination=contamination, bandwidth="loo"
+    ).fit(X)
     model = detector.to_torch()
     np.testing.assert_allclose(model(torch.from_numpy(new)), detector.predict_proba(new)[:, 0], rtol=1e-12)
     back = DFKDEDetector.from_torch(model)
@@ -336,7 +338,7 @@ def test_a_detector_of_features_comes_back_from_its_module(scaling, contaminatio
 def test_a_module_is_fitted_as_a_detector_is():
     X, new = rows(60), rows(10, seed=2)
     detector = DFKDEDetector.from_torch(on_features(X, n_comps=5, threshold_offset=2.0))
-    same = DFKDEDetector(n_components=5, threshold_offset=2.0).fit(X)
+    same = DFKDEDetector.original(n_components=5, threshold_offset=2.0).fit(X)
     np.testing.assert_allclose(detector.predict_proba(new), same.predict_proba(new), rtol=1e-12)
     np.testing.assert_allclose(detector.calibration_scores_, same.calibration_scores_, rtol=1e-12)
     assert detector.get_params() | {"features": "auto"} == same.get_params()

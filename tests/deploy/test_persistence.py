@@ -58,7 +58,7 @@ def tiny(**parameters):
 
 
 def small_file(path):
-    detector = DFKDEDetector(n_components=2, device="cpu").fit(rows(8, 3, dtype=np.float32))
+    detector = DFKDEDetector.original(n_components=2, device="cpu").fit(rows(8, 3, dtype=np.float32))
     detector.save(path)
     return detector
 
@@ -108,7 +108,7 @@ def test_a_loaded_detector_is_the_saved_one_to_the_last_bit(parameters, dtype, t
 
 def test_names_of_columns_are_kept(tmp_path):
     X = pd.DataFrame(rows(30), columns=[f"column {i}" for i in range(12)])
-    detector = DFKDEDetector(n_components=np.int64(3)).fit(X)
+    detector = DFKDEDetector.original(n_components=np.int64(3)).fit(X)
     detector.save(tmp_path / "d")
     loaded = DFKDEDetector.load(tmp_path / "d")
     np.testing.assert_array_equal(loaded.predict(X), detector.predict(X))
@@ -127,7 +127,7 @@ def test_names_of_columns_are_kept(tmp_path):
     ],
 )
 def test_the_feature_stage_is_kept(extractor, tmp_path):
-    detector = DFKDEDetector(extractor(), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(extractor(), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     backbones._loaded.clear()
     loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
@@ -140,7 +140,7 @@ def test_the_feature_stage_is_kept(extractor, tmp_path):
 
 
 def test_the_header_says_what_the_file_needs(tmp_path):
-    detector = DFKDEDetector(tiny(layers="layer2"), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(tiny(layers="layer2"), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     header = header_of(tmp_path / "d")
     assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 2)
@@ -153,7 +153,7 @@ def test_the_header_says_what_the_file_needs(tmp_path):
 
 
 def test_device_and_cache_belong_to_the_machine_not_to_the_file(tmp_path):
-    detector = DFKDEDetector(tiny(cache=tmp_path / "cache"), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(tiny(cache=tmp_path / "cache"), n_components=3).fit(pictures(10))
     detector.device = detector.features.device = detector.features_.device = "cuda:7"  # a GPU of another machine
     detector.save(tmp_path / "d")
     loaded = DFKDEDetector.load(tmp_path / "d", device="cpu")
@@ -163,7 +163,7 @@ def test_device_and_cache_belong_to_the_machine_not_to_the_file(tmp_path):
 
 
 def test_a_generator_as_random_state_is_not_kept(tmp_path):
-    DFKDEDetector(n_components=2, random_state=np.random.RandomState(0)).fit(rows(20)).save(tmp_path / "d")
+    DFKDEDetector.original(n_components=2, random_state=np.random.RandomState(0)).fit(rows(20)).save(tmp_path / "d")
     assert DFKDEDetector.load(tmp_path / "d").random_state is None
 
 
@@ -174,7 +174,7 @@ def test_files_of_the_same_detector_are_the_same(tmp_path):
 
 
 def test_a_memory_mapped_detector_can_be_saved(tmp_path):
-    detector = DFKDEDetector(n_components=3).fit(rows(40))
+    detector = DFKDEDetector.original(n_components=3).fit(rows(40))
     joblib.dump(detector, tmp_path / "d.joblib")
     joblib.load(tmp_path / "d.joblib", mmap_mode="r").save(tmp_path / "d")
     np.testing.assert_array_equal(DFKDEDetector.load(tmp_path / "d").kernel_centers_, detector.kernel_centers_)
@@ -211,7 +211,7 @@ def test_truncated_and_lengthened_files_are_refused(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "weights")
-    (tmp_path / "pickle").write_bytes(pickle.dumps(DFKDEDetector()))
+    (tmp_path / "pickle").write_bytes(pickle.dumps(DFKDEDetector.original()))
     for name in ("weights", "pickle"):
         with pytest.raises(ValueError, match=re.escape("not a file of DFKDEDetector.save")):
             DFKDEDetector.load(tmp_path / name)
@@ -302,7 +302,7 @@ def test_lengths_that_are_not_positive_are_refused(name, value, tmp_path):
 
 @pytest.mark.parametrize("bad", [1.0, [1.0], None, torch.empty((), dtype=torch.float64, device="meta")])
 def test_a_state_dict_of_other_things_than_tensors_is_refused(bad):
-    model = DFKDEDetector(n_components=2).fit(rows(8, 4)).to_torch()
+    model = DFKDEDetector.original(n_components=2).fit(rows(8, 4)).to_torch()
     state = dict(model.state_dict())
     with pytest.raises(RuntimeError, match="bandwidth is not a tensor with its values"):
         model.load_state_dict(state | {"density.bandwidth": bad})
@@ -312,7 +312,7 @@ def test_a_state_dict_of_other_things_than_tensors_is_refused(bad):
 
 
 def stage_file(path, extractor):
-    detector = DFKDEDetector(extractor, n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(extractor, n_components=3).fit(pictures(10))
     detector.save(path)
     return detector
 
@@ -404,7 +404,7 @@ def fuzz_files(tmp_path, n, extractors):
         (
             DFKDEDetector(n_components=2, residual="box").fit(rows(10, 4)).save
             if extractor is None
-            else DFKDEDetector(extractor, n_components=2).fit(pictures(8)).save
+            else DFKDEDetector.original(extractor, n_components=2).fit(pictures(8)).save
         )(tmp_path / "whole")
         header, tensors = header_of(tmp_path / "whole"), safetensors.torch.load_file(tmp_path / "whole")
         where = [path for path in places(header) if path[0] not in ("sha256", "versions")]
@@ -509,7 +509,7 @@ def test_a_folder_is_not_a_file(tmp_path):
 
 def test_a_module_is_given_anew_and_has_to_be_the_same(tmp_path):
     network = timm.create_model("test_resnet", num_classes=0).eval()
-    detector = DFKDEDetector(tiny(backbone=network), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(tiny(backbone=network), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     with pytest.raises(ValueError, match="backbone=MODULE"):
         DFKDEDetector.load(tmp_path / "d")
@@ -526,7 +526,7 @@ def test_weights_that_are_not_those_of_the_fit_are_refused(tmp_path):
     file = tmp_path / "weights.safetensors"
     network = timm.create_model("test_resnet", num_classes=0)
     safetensors.torch.save_file(network.state_dict(), file)
-    detector = DFKDEDetector(tiny(weights=file), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(tiny(weights=file), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     expected = detector.score_samples(pictures(2))
     elsewhere = file.rename(tmp_path / "elsewhere.safetensors")
@@ -540,7 +540,7 @@ def test_weights_that_are_not_those_of_the_fit_are_refused(tmp_path):
 
 
 def test_load_does_not_ask_the_network_unless_told_to(tmp_path, monkeypatch):
-    detector = DFKDEDetector(tiny(), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(tiny(), n_components=3).fit(pictures(10))
     detector.features.pretrained = detector.features_.pretrained = True
     detector.features_.seed_ = None
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -562,11 +562,11 @@ def test_load_does_not_ask_the_network_unless_told_to(tmp_path, monkeypatch):
 
 
 def test_arguments_that_the_file_has_no_use_for_are_refused(tmp_path):
-    DFKDEDetector(tiny(), n_components=3).fit(pictures(10)).save(tmp_path / "named")
+    DFKDEDetector.original(tiny(), n_components=3).fit(pictures(10)).save(tmp_path / "named")
     with pytest.raises(ValueError, match="by name: load it without backbone="):
         DFKDEDetector.load(tmp_path / "named", backbone=torch.nn.Identity())
     extractor = ScatteringFeatures(scales=2, orientations=4, image_size=32)
-    DFKDEDetector(extractor, n_components=3).fit(pictures(10)).save(tmp_path / "scattering")
+    DFKDEDetector.original(extractor, n_components=3).fit(pictures(10)).save(tmp_path / "scattering")
     with pytest.raises(ValueError, match="has no backbone"):
         DFKDEDetector.load(tmp_path / "scattering", weights="file")
     small_file(tmp_path / "rows")
@@ -576,9 +576,9 @@ def test_arguments_that_the_file_has_no_use_for_are_refused(tmp_path):
 
 def test_what_a_file_cannot_hold_is_refused(tmp_path):
     with pytest.raises(NotFittedError):
-        DFKDEDetector().save(tmp_path / "d")
+        DFKDEDetector.original().save(tmp_path / "d")
     flat = FunctionTransformer(lambda images: images.reshape(len(images), -1).astype(np.float32))
-    detector = DFKDEDetector(flat, n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(flat, n_components=3).fit(pictures(10))
     with pytest.raises(TypeError, match=r"not FunctionTransformer.*joblib"):
         detector.save(tmp_path / "d")
     assert list(tmp_path.iterdir()) == []
@@ -588,7 +588,7 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
 
 
 def test_pickle_and_joblib_keep_a_backbone_by_name(tmp_path):
-    detector = DFKDEDetector(tiny(), n_components=3).fit(pictures(10))
+    detector = DFKDEDetector.original(tiny(), n_components=3).fit(pictures(10))
     joblib.dump(detector, tmp_path / "d.joblib")
     data = pickle.dumps(detector)
     n_weights = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=0).parameters())

@@ -196,7 +196,7 @@ def test_a_search_over_layers_sends_each_image_through_once(cache, paths):
     }
 
     def search(cache):
-        detector = DFKDEDetector(extractor(network, cache=cache))
+        detector = DFKDEDetector.original(extractor(network, cache=cache))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*training rows cannot be scored")
             classifier = AnomalyClassifier(detector)
@@ -219,7 +219,7 @@ def test_a_search_over_layers_sends_each_image_through_once(cache, paths):
 
 def test_without_filling_it_first_a_search_costs_one_pass_for_each_new_layer(paths):
     network = Network()
-    detector = DFKDEDetector(extractor(network, cache=True), n_components=2)
+    detector = DFKDEDetector.original(extractor(network, cache=True), n_components=2)
     for layers in GRID_LAYERS:
         extractor(network, layers).fit(paths)
     before = network.n_seen
@@ -236,7 +236,7 @@ def test_halving_searches_read_it_too(paths):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         HalvingGridSearchCV(
-            DFKDEDetector(features), {"n_components": [1, 2, 3]}, min_resources=10, cv=2, error_score="raise"
+            DFKDEDetector.original(features), {"n_components": [1, 2, 3]}, min_resources=10, cv=2, error_score="raise"
         ).fit(paths)
     assert network.n_seen == before
 
@@ -249,7 +249,7 @@ def test_a_study_of_optuna_sends_each_image_through_once(cache, paths):
 
     def auroc(trial):
         layer = trial.suggest_categorical("layer", ["first", "second", "third"])
-        detector = DFKDEDetector(
+        detector = DFKDEDetector.original(
             extractor(network, [layer], cache=cache), n_components=trial.suggest_int("n_components", 1, 3)
         )
         with warnings.catch_warnings():
@@ -270,7 +270,7 @@ def test_a_study_of_optuna_sends_each_image_through_once(cache, paths):
 
 def test_processes_of_a_search_share_a_folder(paths, tmp_path):
     features = ScatteringFeatures(scales=2, orientations=2, image_size=16, cache=str(tmp_path / "cache"), device="cpu")
-    detector = DFKDEDetector(features, n_components=2)
+    detector = DFKDEDetector.original(features, n_components=2)
     grid = {"bandwidth": [0.3, 0.6]}
     parallel = GridSearchCV(detector, grid, cv=2, n_jobs=2, error_score="raise").fit(paths)
     assert cache_size(tmp_path / "cache").n_rows == N

@@ -58,7 +58,7 @@ def training_and_query_rows(n, d, condition, rotated, dtype):
 
 def scores_in_small_and_large_batches(X, queries):
     """Few rows go another way through the density than many; both must hold."""
-    detector = DFKDEDetector(features=None, n_components=X.shape[1], scaling=None).fit(X)
+    detector = DFKDEDetector.original(features=None, n_components=X.shape[1], scaling=None).fit(X)
     assert detector.n_components_ == X.shape[1]
     n, d = X.shape
     copies = -(-(2**24) // (len(queries) * n * (d + 16)))

@@ -1,0 +1,221 @@
+"""``dfkde score``: scores and verdicts of images, from a detector that ``dfkde fit`` saved."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dfkde_sklearn import Assessment, DFKDEDetector
+from dfkde_sklearn._cli.arguments import add_output_arguments, add_run_arguments, given, weights_advice
+from dfkde_sklearn._cli.exit_codes import DONE, FAILED, NOT_ALL_NORMAL
+from dfkde_sklearn._cli.files import check_new, check_png, image_paths, png, write_new
+from dfkde_sklearn._cli.output import (
+    numbers,
+    one_line,
+    print_bytes,
+    print_message,
+    print_table,
+    say,
+    shows_progress,
+)
+from dfkde_sklearn._cli.summary import N_WORST, worst_first
+from dfkde_sklearn._images import as_images
+from dfkde_sklearn._report.contact_sheet import Section, Tile, contact_sheet
+
+STDOUT = Path("-")
+# The first byte of a pickle.
+PICKLE = b"\x80"
+
+
+class _Row(NamedTuple):
+    """A row of the table; the numbers are None for an image that cannot be read."""
+
+    path: str
+    score: np.floating | None
+    p_anomalous: np.floating | None
+    p_value: np.floating | None
+    verdict: str
+    reason: str
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "score",
+        help="score images with a fitted detector",
+        description="Score images with a detector that dfkde fit saved. Prints for each image its score (natural log "
+        "of a density; higher is more normal), P(anomalous), the p-value (the share of good images with a score as "
+        "low) and the verdict: normal, anomalous or, with --skip-broken, broken.",
+        epilog="Exit code: 0 on success; 2 on an error, such as a broken image without --skip-broken. With "
+        "--exit-code: 0 if all images are normal; 1 if some are anomalous or broken; 2 on an error.",
+    )
+    command.add_argument("model", type=Path, metavar="MODEL", help="a file from dfkde fit or DFKDEDetector.save")
+    command.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, and folders of them")
+    command.add_argument(
+        "--sort",
+        choices=("score", "input"),
+        default="score",
+        help="the order of the table: by score, the least normal image first, or as the images were given (default: "
+        "%(default)s)",
+    )
+    command.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write the table to a CSV file; - prints it as CSV instead"
+    )
+    command.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
+    )
+    command.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="continue if an image cannot be read: it is reported on standard error, and is `broken` in the table",
+    )
+    command.add_argument("--exit-code", action="store_true", help="exit with 1 unless all images are normal; see below")
+    group = command.add_argument_group("the feature extractor")
+    group.add_argument(
+        "--weights", metavar="FILE", help="the weights of the backbone, if they have moved since the fit"
+    )
+    add_run_arguments(group)
+    add_output_arguments(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    csv_file = None if options.csv == STDOUT else options.csv
+    for path in filter(None, (csv_file, options.sheet)):
+        check_new(path, options.force)
+    if options.sheet is not None:
+        check_png(options.sheet)
+        if csv_file is not None and os.path.realpath(csv_file) == os.path.realpath(options.sheet):
+            raise ValueError(f"{csv_file}: --csv and --sheet name the same file. Name two.")
+    # A file that two arguments name is scored once.
+    paths = list(dict.fromkeys(path for images in options.images for path in image_paths(images)))
+    with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
+        detector = _loaded_detector(options)
+        say(options, f"Scoring {len(paths)} images")
+        assessment, broken = _assess(detector, paths, options.skip_broken)
+    for reason in broken.values():
+        print_message(f"dfkde score: skipped: {one_line(reason)}")
+    readable = [path for path in paths if path not in broken]
+    rows = {path: _Row(path, None, None, None, "broken", reason) for path, reason in broken.items()}
+    for path, score, p_value, p_anomalous, label in zip(readable, *assessment, strict=True):
+        rows[path] = _Row(path, score, p_anomalous, p_value, "anomalous" if label == -1 else "normal", "")
+    by_score = [rows[readable[i]] for i in worst_first(assessment)]
+    table = [*(rows[path] for path in broken), *by_score] if options.sort == "score" else [rows[path] for path in paths]
+    n_anomalous = int((assessment.label == -1).sum())
+    summary = f"{n_anomalous} of {len(readable)} images are anomalous."
+
+    # The files come before the table, so that they are written even if the reader of the table closes its pipe; and if
+    # they cannot be written, on a full disk say, the table is printed all the same.
+    failed = False
+    for path, content in (
+        (csv_file, lambda: _csv(table)),
+        (options.sheet, lambda: _sheet(options.model.name, summary, by_score[:N_WORST])),
+    ):
+        try:
+            if path is not None:
+                write_new(path, content(), options.force)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            print_message(f"dfkde score: error: {one_line(error)}")
+            failed = True
+    if options.csv == STDOUT:
+        print_bytes(_csv(table))
+    else:
+        print_table(
+            None,
+            ("path", "score", "P(anomalous)", "p-value", "verdict"),
+            [(row.path, *numbers(row.score, row.p_anomalous, row.p_value), row.verdict) for row in table],
+        )
+    say(options, summary + (f" {len(broken)} could not be read." if broken else ""))
+    if failed:
+        return FAILED
+    return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
+
+
+def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
+    """Return the detector in the file MODEL, with the settings of the command line."""
+    path = options.model
+    if not path.is_file():
+        raise FileNotFoundError(f"MODEL {path}: there is no such file.")
+    try:
+        detector = DFKDEDetector.load(path, weights=options.weights, device=options.device, download=True)
+    except ValueError as error:
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == PICKLE
+        if is_pickle:
+            raise ValueError(
+                f"MODEL {path} is a pickle, as joblib and earlier versions of dfkde fit write. Loading such a file "
+                "runs code that is in it, and dfkde no longer does: fit it again."
+            ) from error
+        advice = " On the command line, weights= is --weights." if "weights=" in str(error) else ""
+        raise ValueError(f"MODEL {path}: {error}{advice}") from error
+    extractor: Any = detector.features_
+    if extractor is None:
+        raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
+    extractor.set_params(verbose=shows_progress(options), **given(options, "batch_size", "cache"))
+    return detector
+
+
+def _assess(detector: DFKDEDetector, paths: list[str], skip_broken: bool) -> tuple[Assessment, dict[str, str]]:
+    """Return the assessment of the readable images, and the others with the reason: only skipped, else an error."""
+    try:
+        return detector.assess(paths), {}
+    except (ValueError, OSError):
+        # Most folders have no broken image: only where something is wrong is there a second pass.
+        broken = _broken(paths) if skip_broken else {}
+        if not broken:
+            raise
+    readable = [path for path in paths if path not in broken]
+    if not readable:
+        raise ValueError(f"None of the {len(paths)} images can be read. {next(iter(broken.values()))}")
+    return detector.assess(readable), broken
+
+
+def _broken(paths: list[str]) -> dict[str, str]:
+    """Return the images that cannot be read, each with the reason."""
+    images, broken = as_images(paths), {}
+    for i, path in enumerate(paths):
+        try:
+            images[i]
+        except (ValueError, OSError) as error:
+            broken[path] = str(error)
+    return broken
+
+
+def _csv(rows: list[_Row]) -> bytes:
+    text = io.StringIO()
+    # csv quotes a carriage return only where lines end with one.
+    lines = SimpleNamespace(write=lambda line: text.write(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(lines, lineterminator="\r\n")
+    writer.writerow(_Row._fields)
+    writer.writerows(rows)
+    # Names of files are bytes, and not always UTF-8.
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _sheet(model: str, summary: str, rows: list[_Row]) -> bytes:
+    """Return a PNG of images, the least normal one first."""
+    tiles = [
+        Tile(
+            as_images(row.path)[0],
+            row.path,
+            f"{rank}: score {row.score:.1f}, P {row.p_anomalous:.2f}",
+            row.verdict == "anomalous",
+        )
+        for rank, row in enumerate(rows, 1)
+    ]
+    return png(
+        contact_sheet(
+            f"dfkde score: {model}",
+            [summary, "Bars: red is called anomalous, green is called normal."],
+            [Section(f"The {len(tiles)} least normal images", tiles)],
+        )
+    )
