@@ -20,8 +20,10 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from dfkde_sklearn._density.fit import copies, fit
-from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
+from dfkde_sklearn._density.estimate import Settings, n_removed
+from dfkde_sklearn._density.fit import fit
+from dfkde_sklearn._density.folds import copies
+from dfkde_sklearn._density.scoring import STATE, FeatureDensity
 from dfkde_sklearn._device import as_device
 
 if TYPE_CHECKING:
@@ -272,9 +274,9 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
             ),
             groups[drawn],
         )
-        if training.n_torn:
+        if training.n_moved:
             warnings.warn(
-                f"{training.n_torn} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
+                f"{training.n_moved} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
                 "share a fold, so that the threshold holds for new rows, but each has its kernel in the density. "
                 "Leave them out unless they are meant.",
                 UserWarning,
@@ -638,7 +640,7 @@ class DFKDEDetector(OutlierMixin, BaseEstimator):
         By more than the rounding of a score, which may differ between batches.
         """
         quantile = self._threshold()
-        n_anomalous = n_leaving(float(self.contamination), len(fitted_scores))
+        n_anomalous = n_removed(float(self.contamination), len(fitted_scores))
         fitted_scores = np.sort(fitted_scores.astype(np.float64))
         first_normal = float(fitted_scores[n_anomalous])
         last = float(fitted_scores[n_anomalous - 1]) if n_anomalous else min(quantile, first_normal - 1)

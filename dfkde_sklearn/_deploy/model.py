@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dfkde_sklearn._density.fit import copies, fit
+from dfkde_sklearn._density.estimate import Settings
+from dfkde_sklearn._density.fit import fit
+from dfkde_sklearn._density.folds import copies
 from dfkde_sklearn._density.scoring import (
     SCALINGS,
     STATE,
     FeatureDensity,
     Scaling,
-    Settings,
-    beyond_rounding,
     finite,
     scaled,
+    without_rounding,
 )
 from dfkde_sklearn._features.backbones import weights_hash
 from dfkde_sklearn._features.layers import embedding, pooled
@@ -142,7 +143,7 @@ class DensityBuffers(nn.Module):
         if len(self.residual):
             squared_distances = (centred - coordinates @ self.components).square().sum(1)
             offset = (self.mean * self.scale).square().sum()
-            squared_distances = beyond_rounding(squared_distances, coordinates, offset, features.dtype)
+            squared_distances = without_rounding(squared_distances, coordinates, offset, features.dtype)
             log_densities = log_densities + self.residual[1] - squared_distances / (2 * self.residual[0])
         return log_densities
 
