@@ -29,7 +29,8 @@ from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
 from dfkde_sklearn._density.axes import principal_axes, span
-from dfkde_sklearn._density.fit import N_FOLDS, Fold, of_folds
+from dfkde_sklearn._density.eigen import Scatter
+from dfkde_sklearn._density.folds import N_FOLDS, Fold, Folds
 
 SHAPES = [(40_000, 512), (40_000, 2048), (200, 2048), (1000, 1000)]
 DTYPES = {"float32": 1e-6, "float64": 1e-12}
@@ -113,22 +114,22 @@ def exact_axes(X: NDArray[np.float64]) -> Axes:
 
 
 def own_axes(X: NDArray[np.floating]) -> Axes:
-    whole = span(torch.from_numpy(X), WORKING_MEMORY)
-    axes = principal_axes(whole.rows, N_COMPONENTS, whole.noise).axes
-    return whole.in_features(axes).numpy()
+    spanned = span(torch.from_numpy(X), WORKING_MEMORY)
+    axes = principal_axes(spanned.rows, N_COMPONENTS, spanned.noise).axes
+    return spanned.in_features(axes).numpy()
 
 
 def own_refits(X: NDArray[np.floating]) -> Axes:
     """Return the axes without the last fold, after those of all rows and without each other fold."""
-    whole = span(torch.from_numpy(X), WORKING_MEMORY)
-    scatter = whole.rows.scatter()
-    principal_axes(whole.rows, N_COMPONENTS, whole.noise, scatter)
+    spanned = span(torch.from_numpy(X), WORKING_MEMORY)
+    scatter = Scatter(spanned.rows.scatter())
+    principal_axes(spanned.rows, N_COMPONENTS, spanned.noise, scatter)
 
     def axes_of_others(fold: Fold) -> torch.Tensor:
-        return principal_axes(fold.others, N_COMPONENTS, whole.noise, fold.scatter).axes
+        return principal_axes(fold.others, N_COMPONENTS, spanned.noise, fold.scatter).axes
 
-    axes = of_folds(whole.rows, axes_of_others, WORKING_MEMORY)[-1]
-    return whole.in_features(axes).numpy()
+    axes = Folds(spanned.rows, None, WORKING_MEMORY).map(axes_of_others)[-1]
+    return spanned.in_features(axes).numpy()
 
 
 def arpack_refits(X: NDArray[np.floating]) -> Axes:

@@ -22,8 +22,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._calibration import CalibratedOutlierMixin, labels, threshold_at_rate, threshold_between
-from dfkde_sklearn._density.fit import copies, fit
-from dfkde_sklearn._density.scoring import STATE, FeatureDensity, Settings, n_leaving
+from dfkde_sklearn._density.estimate import Settings, n_removed
+from dfkde_sklearn._density.fit import fit
+from dfkde_sklearn._density.folds import copies
+from dfkde_sklearn._density.scoring import STATE, FeatureDensity
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
@@ -319,9 +321,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             groups[drawn],
         )
         # A few copies, as rounded measurements have, are in one fold and change nothing else.
-        if training.n_torn > _FEW_COPIES * len(drawn):
+        if training.n_moved > _FEW_COPIES * len(drawn):
             warnings.warn(
-                f"{training.n_torn} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
+                f"{training.n_moved} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
                 "share a fold, so that the threshold holds for new rows, but each has its kernel in the density. "
                 "Leave them out unless they are meant.",
                 UserWarning,
@@ -348,7 +350,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             self.offset_ = threshold_at_rate(self.calibration_scores_, self.target_fpr)
             return self.calibration_scores_
         training_scores = self._scores(table)
-        n_anomalous = n_leaving(float(self.contamination), len(table))
+        n_anomalous = n_removed(float(self.contamination), len(table))
         preferred = threshold_at_rate(self.calibration_scores_, self.contamination)
         self.offset_ = threshold_between(training_scores, n_anomalous, preferred)
         return training_scores

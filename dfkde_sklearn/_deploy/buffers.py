@@ -14,9 +14,9 @@ from dfkde_sklearn._density.scoring import (
     STATE,
     FeatureDensity,
     Scaling,
-    beyond_rounding,
     finite,
     scaled,
+    without_rounding,
 )
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
 
@@ -122,7 +122,7 @@ class DensityBuffers(nn.Module):
         if len(self.residual):
             squared_distances = (centred - coordinates @ self.components).square().sum(1)
             offset = (self.mean * self.scale).square().sum()
-            squared_distances = beyond_rounding(squared_distances, coordinates, offset, features.dtype)
+            squared_distances = without_rounding(squared_distances, coordinates, offset, features.dtype)
             log_densities = log_densities + self.residual[1] - squared_distances / (2 * self.residual[0])
         return log_densities
 

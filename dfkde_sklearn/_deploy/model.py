@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfkde_sklearn._density.fit import copies, fit
-from dfkde_sklearn._density.scoring import SCALINGS, Scaling, Settings, scaled
+from dfkde_sklearn._density.estimate import Settings
+from dfkde_sklearn._density.fit import fit
+from dfkde_sklearn._density.folds import copies
+from dfkde_sklearn._density.scoring import SCALINGS, Scaling, scaled
 from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._features.modules import FeatureModule
