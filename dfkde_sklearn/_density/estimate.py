@@ -165,9 +165,9 @@ def residual_term(kind: Residual, total: float, squares: float, n: int, d: int, 
     rounding = features.noise**2 / (n - 1)
     total = max(total, rounding)
     degrees = float(features.n_features - d) if kind == "gaussian" else total**2 / max(squares, rounding**2)
-    spread = total / degrees
-    log_height = degrees * (math.log(features.scale) - math.log(2 * math.pi * spread) / 2)
-    return ResidualTerm(spread, log_height)
+    variance = total / degrees
+    log_height = degrees * (math.log(features.scale) - math.log(2 * math.pi * variance) / 2)
+    return ResidualTerm(variance, log_height)
 
 
 def leave_one_out_scores(density: RowDensity, rows: Tensor, features: Span, working_memory: int) -> Tensor:

@@ -84,14 +84,14 @@ def scaled(coordinates: Tensor, scaling: Scaling, max_length: float) -> Tensor:
 
 
 class ResidualTerm(NamedTuple):
-    """The log density of squared distances r from the principal axes: ``log_height - r / (2 spread)``."""
+    """The log density of squared distances r from the principal axes: ``log_height - r / (2 variance)``."""
 
-    spread: float
+    variance: float
     log_height: float
 
     def log_density(self, squared_distances: Tensor) -> Tensor:
         """Return the natural log of the density at each squared distance."""
-        return self.log_height - squared_distances / (2 * self.spread)
+        return self.log_height - squared_distances / (2 * self.variance)
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def test_residual_terms_are_gaussians_of_the_left_out_variances(kind):
     term = residual_term(kind, variances.sum() * scale**2, (variances**2).sum() * scale**4, 40, 5, features)
     degrees = 4 if kind == "gaussian" else variances.sum() ** 2 / (variances**2).sum()
     variance = variances.sum() / degrees
-    assert term.spread / scale**2 == pytest.approx(variance)
+    assert term.variance / scale**2 == pytest.approx(variance)
     squared_distance = 0.7
     expected = -squared_distance / (2 * variance) - degrees / 2 * math.log(2 * math.pi * variance)
     actual = term.log_density(torch.tensor(squared_distance * scale**2, dtype=torch.float64))
@@ -306,7 +306,7 @@ def test_residual_terms_are_estimated_from_held_out_rows_that_are_kept(residual,
     actual = with_held_out_residuals(density, is_kept, squared_distances, folds, features, settings)
     of_kept = squared_distances[is_kept].numpy()
     mean = np.minimum(of_kept, 50 * np.median(of_kept)).mean()
-    assert actual.gaussian_residual.spread == pytest.approx(mean / 7)
+    assert actual.gaussian_residual.variance == pytest.approx(mean / 7)
     if residual == "gaussian":
         assert actual.residual == actual.gaussian_residual
         return
