@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import is_integer_from, is_list_of, is_number, is_one_of, is_positive, is_text, is_tuple_of
 from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
-from dfkde_sklearn._features.extractor import FeatureExtractor
+from dfkde_sklearn._features.extractor import MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.layers import (
     LayersRead,
     check_layers,
@@ -177,7 +177,7 @@ class TimmFeatures(FeatureExtractor):
         "backbone_name_": is_text,
         "seed_": lambda value: value is None or is_integer_from(0)(value),
         "weights_hash_": is_text,
-        "input_size_": is_tuple_of(is_integer_from(1), 2),
+        "input_size_": is_tuple_of(lambda side: is_integer_from(1)(side) and side <= MAX_SIDE, 2),
         "mean_": is_tuple_of(is_number, 3),
         "std_": is_tuple_of(is_positive, 3),
         "interpolation_": is_text,
