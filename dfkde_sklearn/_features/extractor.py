@@ -26,6 +26,8 @@ from dfkde_sklearn._features.cache import Cache, check_cache, feature_matrix, nu
 from dfkde_sklearn._features.modules import FeatureModule
 from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
 
+# Pixels on a side of what an extractor resizes images to: more would not fit into memory, and a file may ask for more.
+MAX_SIDE = 2**14
 # Parameters that belong to the machine, and that no file may set.
 _OF_THE_MACHINE = ("device", "cache")
 

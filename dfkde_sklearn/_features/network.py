@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import is_integer_from, is_list_of, is_number, is_one_of, is_positive, is_text, is_tuple_of
 from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
-from dfkde_sklearn._features.extractor import FeatureExtractor
+from dfkde_sklearn._features.extractor import MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.layers import (
     LayersRead,
     check_layers,

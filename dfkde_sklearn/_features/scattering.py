@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import is_integer_from
-from dfkde_sklearn._features.extractor import FeatureExtractor
+from dfkde_sklearn._features.extractor import MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.modules import ScatteringModule
 from dfkde_sklearn._features.wavelets import STATISTICS, scattering_coefficients, wavelet_cascade
 from dfkde_sklearn._images import FULL_RANGE, MAX_SIDE, Images
