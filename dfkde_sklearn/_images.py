@@ -38,8 +38,6 @@ COMPANIONS = frozenset((
     ".xlsx", ".xml", ".yaml", ".yml",
 ))
 # fmt: on
-# Pixels of a side that an image may be resized to: some gigabytes for each image.
-MAX_SIDE = 2**14
 # Grey, colour, colour with alpha.
 CHANNELS = (1, 3, 4)
 # White in images that use all 16 bits.

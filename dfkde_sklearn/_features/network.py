@@ -32,7 +32,7 @@ from dfkde_sklearn._features.layers import (
     visit_layers,
 )
 from dfkde_sklearn._features.modules import NetworkModule
-from dfkde_sklearn._images import FULL_RANGE, MAX_SIDE, Images
+from dfkde_sklearn._images import FULL_RANGE, Images
 
 CROPS = ("squash", "center", "border")
 

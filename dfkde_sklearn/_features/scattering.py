@@ -22,7 +22,7 @@ from dfkde_sklearn._document import is_integer_from
 from dfkde_sklearn._features.extractor import MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.modules import ScatteringModule
 from dfkde_sklearn._features.wavelets import STATISTICS, scattering_coefficients, wavelet_cascade
-from dfkde_sklearn._images import FULL_RANGE, MAX_SIDE, Images
+from dfkde_sklearn._images import FULL_RANGE, Images
 
 # Standard deviation of the rounding to 8 bits, for grey levels in [0, 1].
 ROUNDING = 1 / 255 / np.sqrt(12)
