@@ -402,7 +402,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="image file to draw the speeds into")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rounds, slow_pairs, pairs = (1, 4e5, 8e6) if options.quick else (options.rounds, 4e6, 8e7)
+    rounds, slow_pairs, pairs = (1, 1e5, 1e6) if options.quick else (options.rounds, 4e6, 8e7)
     # Training rows of the benchmark are few, and its detectors never decide.
     warnings.simplefilter("ignore", UserWarning)
 
@@ -424,7 +424,7 @@ def main() -> None:
     of_scipy = headline(claims, rounds, slow_pairs)
     found = sweeps(claims, max(1, rounds // 2), slow_pairs, pairs)
     small_calls(claims, rounds)
-    leave_one_out_and_bandwidth(claims, of_scipy, rounds, 4000 if options.quick else N)
+    leave_one_out_and_bandwidth(claims, of_scipy, rounds, 2000 if options.quick else N)
     memory(claims, *((1000, 100_000) if options.quick else (N, 1_000_000)))
     if options.plot:
         plot(found, options.plot)

@@ -252,15 +252,33 @@ class TimmFeatures(FeatureExtractor):
         return np.array([f"{name}_{i}" for name, width in layers for i in range(width)], dtype=object)
 
     def as_module(self) -> NetworkModule:
-        """Return the fitted extractor as a torch module, with a copy of the network."""
+        """Return the fitted extractor as a torch module, with a copy of the network.
+
+        Returns
+        -------
+        torch.nn.Module
+            Transformed images (n, 3, H, W) to feature rows.
+        """
         return NetworkModule(self)
 
     def summary(self) -> str:
-        """Return the names of the backbone and of the layers, such as "resnet18.tv_in1k, layer2, layer3"."""
+        """Return the names of the backbone and of the layers.
+
+        Returns
+        -------
+        str
+            Such as "resnet18.tv_in1k, layer2, layer3".
+        """
         return ", ".join([self.backbone_name_, *self.layers_])
 
     def image_transform(self) -> Callable[[Image.Image], Tensor]:
-        """Return the function from a picture to what the network takes, (3, H, W)."""
+        """Return the function from a picture to what the network takes.
+
+        Returns
+        -------
+        callable
+            A PIL image to a float32 tensor (3, H, W).
+        """
         return image_transform(self)
 
     def check_weights(self, *, download: bool) -> None:

@@ -157,15 +157,33 @@ class ScatteringFeatures(FeatureExtractor):
         return np.array(self._feature_names(), dtype=object)
 
     def as_module(self) -> ScatteringModule:
-        """Return the fitted extractor as a torch module."""
+        """Return the fitted extractor as a torch module.
+
+        Returns
+        -------
+        torch.nn.Module
+            Grey levels (n, `image_size`, `image_size`) to feature rows.
+        """
         return ScatteringModule(self)
 
     def summary(self) -> str:
-        """Return "scattering"."""
+        """Return the name of the features.
+
+        Returns
+        -------
+        str
+            "scattering".
+        """
         return "scattering"
 
     def image_transform(self) -> Callable[[Image.Image], Tensor]:
-        """Return the function from a picture to grey levels (`image_size`, `image_size`)."""
+        """Return the function from a picture to grey levels.
+
+        Returns
+        -------
+        callable
+            A PIL image to a float32 tensor (`image_size`, `image_size`), from 0 to 1.
+        """
         return partial(grey_levels, size=self.image_size)
 
     def _set_fitted(self) -> None:
