@@ -461,7 +461,8 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             residual = "gaussian" if torch.equal(buffers.residual, buffers.gaussian_residual) else "box"
         extractor = None if model.feature_extractor is None else model.feature_extractor.as_extractor()
         detector = cls(
-            extractor,
+            # A parameter that is set changes no fitted attribute.
+            None if extractor is None else clone(extractor),
             n_components=model.n_components,
             scaling=model.pre_processing,
             bandwidth="scott" if isclose(bandwidth, scott, rel_tol=1e-12) else bandwidth,
@@ -491,6 +492,8 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         TypeError
             If the feature extractor is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
             an object that the file cannot hold. Pickle and joblib keep any.
+        ValueError
+            If a parameter that was set after the fit is not allowed, or contradicts the fit.
 
         Notes
         -----
@@ -498,6 +501,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         `random_state` that is a generator.
         """
         check_is_fitted(self)
+        self._validate_params()
         from dfkde_sklearn._deploy.saved import Saved, save
 
         parameters = self.get_params(deep=False)
@@ -796,7 +800,8 @@ def _depth(X: Any) -> int:
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return a tensor that shares the memory of `array` where it can; it is never written to."""
-    if min(array.strides, default=0) < 0:
+    # torch refuses steps backwards, and steps of part of a number, as columns of structured arrays have.
+    if any(step < 0 or step % array.itemsize for step in array.strides):
         array = array.copy()
     if array.flags.writeable:
         return torch.from_numpy(array).to(device)

@@ -119,7 +119,8 @@ def read_state(weights: str | PathLike[str] | Mapping[str, Any]) -> AnomalibStat
     given = weights if isinstance(weights, Mapping) else _read_file(Path(weights))
     if isinstance(given, Mapping) and isinstance(given.get("state_dict"), Mapping):
         given = given["state_dict"]
-    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    entries = given.items() if isinstance(given, Mapping) else ()
+    tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
     anchor = "pca_model.singular_vectors"
     prefixes = [key.removesuffix(anchor) for key in tensors if key == anchor or key.endswith(f".{anchor}")]
     complete = [prefix for prefix in prefixes if all(prefix + name in tensors for name in _LEARNT)]

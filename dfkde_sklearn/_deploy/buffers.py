@@ -175,9 +175,10 @@ def _faults(given: Mapping[str, Any]) -> list[str]:
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             faults.append(f"{name} is not a tensor with its values")
             continue
-        floats = (torch.float32, torch.float64) if name in _IN_ROW_DTYPE else (torch.float64,)
-        if value.dtype not in ((torch.int64,) if name == "scaling_code" else floats):
-            faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, floats))}")
+        allowed = (torch.float32, torch.float64) if name in _IN_ROW_DTYPE else (torch.float64,)
+        allowed = (torch.int64,) if name == "scaling_code" else allowed
+        if value.dtype not in allowed:
+            faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}")
         elif value.ndim != len(_AXES[name]):
             faults.append(f"{name} has shape {tuple(value.shape)}; {len(_AXES[name])} axes are needed")
         else:

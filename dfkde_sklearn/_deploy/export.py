@@ -187,7 +187,7 @@ def _batches(model: DfkdeModel, image_shape: tuple[int, int] | None, X: Any) -> 
     extractor: Any = model.feature_extractor.extractor
 
     def pixels(picture: Image.Image) -> Tensor:
-        if (picture.height, picture.width) != image_shape:
+        if (picture.height, picture.width) != tuple(image_shape or ()):
             raise ValueError(f"the exported file takes images of image_shape={image_shape} only")
         return torch.from_numpy(np.array(picture))
 

@@ -7,6 +7,7 @@ The module computes what the detector computes, by the same functions. What it l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal
 
@@ -108,9 +109,9 @@ class DfkdeModel(nn.Module):
         super().__init__()
         if pre_processing not in SCALINGS:
             raise ValueError(f"pre_processing={pre_processing!r}. Allowed: 'scale', 'norm', or None for neither.")
-        is_share = isinstance(n_comps, float) and 0 < n_comps < 1
-        if not is_share and not (isinstance(n_comps, int) and n_comps >= 1):
-            raise ValueError(f"n_comps={n_comps!r}. Allowed: a whole number from 1, or a share of variance in (0, 1).")
+        is_share = isinstance(n_comps, Real) and 0 < n_comps < 1
+        if not is_share and not (isinstance(n_comps, Integral) and n_comps >= 1):
+            raise ValueError(f"n_comps={n_comps!r}. Allowed: an integer from 1, or a share of variance in (0, 1).")
         if filter_count and filter_count < 2:
             raise ValueError(f"filter_count={filter_count}. Allowed: 2 or more rows; 0 or None for all.")
         self.n_components = n_comps

@@ -63,6 +63,14 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
 
     from dfkde_sklearn import __version__
 
+    # What `load` would refuse.
+    if saved.parameters["scaling"] != saved.buffers.scaling:
+        raise ValueError(
+            f"scaling={saved.parameters['scaling']!r} was set after a fit with {saved.buffers.scaling!r}. "
+            "Fit again, or set it back."
+        )
+    if saved.features is None and saved.extractor is not None:
+        raise ValueError("features=None was set after a fit with a feature extractor. Fit again, or set it back.")
     kept = {name: value for name, value in saved.parameters.items() if name not in _NOT_KEPT}
     header = {
         "format": FORMAT,
