@@ -1,4 +1,4 @@
-"""A fitted density in the buffers of a torch module: what a model holds, and what a saved detector consists of."""
+"""A fitted density in the buffers of a torch module: the state of a model, and the content of a saved detector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dfkde_sklearn._kernels.density import WORKING_MEMORY
 # The axes of every buffer; m are training rows.
 _AXES = dict(STATE) | {"calibration_scores": "m", "steepness": "", "offset": ""}
 _IN_ROW_DTYPE = ("kernel_centers", "calibration_scores")
-# Of the residual terms the first number, the variance.
+# Of a residual term only the first number, the variance, has to be positive.
 _POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
 
 
@@ -75,7 +75,7 @@ class DensityBuffers(nn.Module):
         return len(self.kernel_centers) > 0
 
     def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
-        """Take over a fitted density and its calibration scores."""
+        """Store a fitted density and its calibration scores."""
         kept = fitted.state() | {"calibration_scores": calibration_scores}
         for name, value in kept.items():
             dtype = None if name in _IN_ROW_DTYPE else self.get_buffer(name).dtype
@@ -99,10 +99,10 @@ class DensityBuffers(nn.Module):
         return finite(log_densities.to(features))
 
     def traceable_log_density(self, features: Tensor) -> Tensor:
-        """Return the same in float64, by few operations on whole tensors, that can be traced and differentiated.
+        """Return the same in float64, by a few tensor operations that can be traced and differentiated.
 
-        The kernels at a row q are ``exp(q . k - |k|^2 / 2)`` times a factor of q alone, ``exp(-|q|^2 / 2)``: however
-        far out q lies, its logarithm is added to that of the sum, and nothing underflows.
+        The kernels at a row q are ``exp(q . k - |k|^2 / 2)`` times a factor of q alone, ``exp(-|q|^2 / 2)``. The
+        logarithm of that factor is added to that of the sum, so that nothing underflows, however large q is.
         """
         n, d = self.kernel_centers.shape
         # With an axis between: where a network ends in a reduction that drops the axis of positions, OpenVINO 2026.4
@@ -133,7 +133,7 @@ class DensityBuffers(nn.Module):
         return torch.sigmoid(-self.steepness.to(log_densities.dtype) * excess).to(log_densities)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Halved, the density would be noise: only the device changes. Apple's GPUs have no float64.
+        # With fewer digits the density would be noise: only the device changes. Apple's GPUs have no float64.
         device = fn(torch.empty(0, dtype=torch.float32, device=self.mean.device)).device
         if device.type == "mps":
             device = torch.device("cpu")
@@ -168,7 +168,7 @@ class DensityBuffers(nn.Module):
 
 
 def _faults(given: Mapping[str, Any]) -> list[str]:
-    """Return what keeps these from being the buffers of one density."""
+    """Return the reasons why these cannot be the buffers of one density."""
     faults: list[str] = []
     lengths: dict[str, int] = {}
     for name, value in given.items():
@@ -195,7 +195,7 @@ def _faults(given: Mapping[str, Any]) -> list[str]:
 
 
 def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
-    """Return what is wrong with the values of a buffer, or nothing: with one that is not a number all is normal."""
+    """Return what is wrong with the values of a buffer; "" if nothing is."""
     value = given[name]
     if name == "scaling_code" or not (is_fitted or name in ("steepness", "offset")):
         return ""
@@ -204,7 +204,7 @@ def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> 
     if name == "calibration_scores":
         # A density may be zero.
         return f"{name} holds NaN or +inf" if bool((value.isnan() | (value == math.inf)).any()) else ""
-    # anomalib's weights do not tell the singular values of "norm", which no score needs.
+    # anomalib's weights lack the singular values of "norm", which no score needs.
     is_unknown = name == "singular_values" and bool(value.isnan().all())
     if not is_unknown and not bool(torch.isfinite(value).all()):
         return f"{name} holds NaN or infinities"

@@ -2,7 +2,7 @@
 
 The tensors are the buffers of `DensityBuffers`. The header's metadata has one entry, a JSON document: format version,
 parameters, versions of libraries, the feature extractor with its backbone's tag, hash and preprocessing, and the
-SHA-256 of the whole file, taken with zeros in the place of its digits.
+SHA-256 of the file, computed with zeros in place of its digits.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _DIGITS = "0" * 64
 # The feature extractors that a file may name.
 _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind in (TimmFeatures, ScatteringFeatures)}
 
-# Parameters that are the affair of the machine, or kept elsewhere in the file.
+# Parameters that depend on the machine, or have another place in the file.
 _NOT_KEPT = ("features", "device")
 
 
 class Saved(NamedTuple):
-    """All that a file holds of a fitted detector.
+    """The content of a file: a fitted detector.
 
     parameters : dict, of the constructor, without `features`.
     features : the parameter: "auto", None, or a feature extractor like the fitted one.
@@ -138,7 +138,7 @@ def load(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON document and the tensors of a file, whole and of a version that is known."""
+    """Return the JSON document and the tensors of a file, after checks of its version and its SHA-256."""
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)
