@@ -452,8 +452,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
                 f"A DfkdeModel is needed, not {type(model).__name__}. For weights: DfkdeModel.from_anomalib."
             )
         buffers = model.density
-        if not buffers.is_fitted:
-            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+        buffers.check_fitted()
         bandwidth, scott = float(buffers.bandwidth), scott_bandwidth(*buffers.kernel_centers.shape)
         residual: Literal["gaussian", "box"] | None = None
         if len(buffers.residual):

@@ -74,6 +74,11 @@ class DensityBuffers(nn.Module):
         """Whether there is a density."""
         return len(self.kernel_centers) > 0
 
+    def check_fitted(self) -> None:
+        """Raise a ValueError if there is no density."""
+        if not self.is_fitted:
+            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+
     def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
         """Store a fitted density and its calibration scores."""
         kept = fitted.state() | {"calibration_scores": calibration_scores}

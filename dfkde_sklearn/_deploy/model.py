@@ -323,8 +323,7 @@ class DfkdeModel(nn.Module):
         ValueError
             If the model is not fitted, or was fitted on another number of features.
         """
-        if not self.density.is_fitted:
-            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+        self.density.check_fitted()
         n_features = len(self.density.mean)
         if features.ndim != 2 or features.shape[1] != n_features:
             raise ValueError(
