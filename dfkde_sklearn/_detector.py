@@ -476,7 +476,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         """Write the fitted detector to a file that later versions read, and that holds no code.
 
         One safetensors file, with a header in JSON. A backbone is stored by its name, tag and the hash of its weights.
-        The file is written whole or not at all: what was there before stays until then.
+        A file that exists is replaced only once the new one is complete.
 
         Parameters
         ----------

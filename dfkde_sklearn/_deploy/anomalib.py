@@ -206,7 +206,7 @@ def _checked(learned: dict[str, Tensor], backbone: dict[str, Tensor], source: st
         raise ValueError(f"{source} holds sizes that do not fit one another: {shapes}.")
     for name, value in learned.items():
         if name != "kde_model.norm" and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{source} holds NaN or infinities in {name}: the model was not fitted well. Fit anew.")
+            raise ValueError(f"{source} holds NaN or infinities in {name}: the fit failed. Fit the model again.")
     diagonal = factor.diagonal()
     if not (bool((diagonal > 0).all()) and float(max_length) > 0):
         raise ValueError(f"{source} holds a kde_model.bw_transform or max_length that is not positive.")

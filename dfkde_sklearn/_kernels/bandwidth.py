@@ -27,8 +27,8 @@ def leave_one_out_bandwidth(support: Tensor, *, working_memory: int = WORKING_ME
 
     First the best of 16 bandwidths, from a sixteenth of Scott's to four times Scott's, is chosen; from 2048 rows on, by
     about 512 held-out rows that are scored under the others. Parabolas through leave-one-out passes over all rows,
-    usually four of them, then give the maximum to about 0.1 %. If every row has a duplicate, the likelihood grows without bound
-    as the bandwidth goes to zero, and the result is a sixteenth of Scott's.
+    usually four of them, then give the maximum to about 0.1 %. If every row has a duplicate, the likelihood grows
+    without bound as the bandwidth goes to zero, and the result is a sixteenth of Scott's.
 
     Parameters
     ----------

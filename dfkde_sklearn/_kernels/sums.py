@@ -79,9 +79,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> Exp2Sums:
         exp2_sums(one_row, one_row)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # of many kinds: a missing compiler, an unknown processor, memory that may not be executed
+    except Exception as error:  # a missing compiler, an unknown processor, memory that may not be executed, ...
         warnings.warn(
             f"{'Triton' if by_triton else 'LLVM'} cannot build the code for densities in {dtype} on {device}: "
             f"{error.__cause__ or error}. PyTorch computes the same more slowly.",

@@ -1,4 +1,4 @@
-"""The sums of kernels in one loop of machine code on a CPU: no exponent reaches memory.
+"""The sums of kernels in one loop of machine code on a CPU, which keeps exponents in registers.
 
 By PyTorch, a matrix product writes each exponent to memory, exp2 reads it and writes the power, and a sum reads that.
 Here the exponents of a few rows and a panel of queries fill the processor's registers, and become powers and sums
@@ -137,7 +137,7 @@ def source(dtype: torch.dtype, lanes: int, vectors: int, sums_rows: bool) -> str
                 for exponent, of_queries in zip(of_row, queries, strict=True):
                     w.store(w.fmuladd(coordinate, of_queries, w.load(exponent)), exponent)
         shifts = w.load_vectors(w.gep(panel, w.mul(d, panel_size)), vectors)
-        # Two rows at a time: enough powers under way that none waits for another, and few enough for the registers.
+        # Two rows at a time: enough powers to keep the processor busy, and few enough for the registers.
         for first in range(0, n_rows, 2):
             pair = exponents[first : first + 2]
             shifted = [w.fadd(w.load(x), shift) for of_row in pair for x, shift in zip(of_row, shifts, strict=True)]

@@ -1,4 +1,4 @@
-"""The sums of kernels in one Triton kernel: on a GPU no tile of exponents reaches memory.
+"""The sums of kernels in one Triton kernel, which keeps tiles of exponents in a GPU's registers.
 
 Triton comes with torch for CUDA; without it this file cannot be imported. With TRITON_INTERPRET=1 in the environment
 Triton's interpreter runs the same code on the CPU, slowly, for tests.
@@ -55,7 +55,7 @@ def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
 
 
 def _exchanged(factor: Tensor) -> Tensor:
-    """Return the left-hand factor as a right-hand one, or the other way round: the first and last column exchanged."""
+    """Return a left-hand factor as a right-hand one, or the reverse: the first and last column are exchanged."""
     return torch.cat([factor[:, -1:], factor[:, 1:-1], factor[:, :1]], dim=1)
 
 
