@@ -37,8 +37,8 @@ _Result = TypeVar("_Result")
 class Threads:
     """Threads that make calls. If the system refuses to start any, the caller makes the calls itself.
 
-    ``concurrent.futures.ThreadPoolExecutor`` takes no calls once the main thread has ended, even if other threads still
-    run. And if it cannot start a thread, a call may never be made, and its result is waited for without end.
+    In place of ``concurrent.futures.ThreadPoolExecutor``, which takes no calls once the main thread has ended, even
+    if others still run. And if that cannot start a thread, a call may never be made, and its result never comes.
 
     Parameters
     ----------

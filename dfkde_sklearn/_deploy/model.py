@@ -7,7 +7,6 @@ The module computes the same as the detector, by the same functions. Its fitted 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal
 
@@ -109,8 +108,8 @@ class DfkdeModel(nn.Module):
         super().__init__()
         if pre_processing not in SCALINGS:
             raise ValueError(f"pre_processing={pre_processing!r}. Allowed: 'scale', 'norm', or None for neither.")
-        is_share = isinstance(n_comps, Real) and 0 < n_comps < 1
-        if not is_share and not (isinstance(n_comps, Integral) and n_comps >= 1):
+        is_share = isinstance(n_comps, float | np.floating) and 0 < n_comps < 1
+        if not is_share and not (isinstance(n_comps, int | np.integer) and n_comps >= 1):
             raise ValueError(f"n_comps={n_comps!r}. Allowed: an integer from 1, or a share of variance in (0, 1).")
         if filter_count and filter_count < 2:
             raise ValueError(f"filter_count={filter_count}. Allowed: 2 or more rows; 0 or None for all.")
