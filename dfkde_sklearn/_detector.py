@@ -26,12 +26,12 @@ from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.fit import fit
 from dfkde_sklearn._density.folds import copies
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity
+from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 
 if TYPE_CHECKING:
-    from dfkde_sklearn._deploy.buffers import DensityBuffers
     from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.model import DfkdeModel
 
@@ -653,8 +653,6 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 
     def _buffers(self) -> DensityBuffers:
         """Return the fitted state as buffers of a torch module, on the CPU."""
-        from dfkde_sklearn._deploy.buffers import DensityBuffers
-
         dtype = torch.float32 if self.kernel_centers_.dtype == np.float32 else torch.float64
         buffers = DensityBuffers(self.scaling, float(self.threshold_steepness), float(self.offset_))
         # A copy: torch warns of read-only arrays, such as memory maps.

@@ -23,6 +23,7 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor, nn
 
+from dfkde_sklearn import __version__
 from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._document import as_json, checked_parameters, from_json, is_integer_from, is_list_of, is_text
 from dfkde_sklearn._features.extractor import FeatureExtractor
@@ -60,8 +61,6 @@ class Saved(NamedTuple):
 def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
     """Write a fitted detector of a class named `owner` to `path`; see `DFKDEDetector.save`."""
     import timm
-
-    from dfkde_sklearn import __version__
 
     # What `load` would refuse.
     if saved.parameters["scaling"] != saved.buffers.scaling:
