@@ -15,7 +15,7 @@ from sklearn.base import OutlierMixin
 
 
 class Assessment(NamedTuple):
-    """All that a detector says of rows or images; arrays of shape (n_samples,).
+    """All answers of a detector for rows or images; arrays of shape (n_samples,).
 
     Parameters
     ----------
@@ -53,8 +53,8 @@ Assessment.__module__ = "dfkde_sklearn"  # the public path, which pickles name
 class CalibratedOutlierMixin(OutlierMixin):
     """The answers of a detector whose scores are calibrated.
 
-    The class has `score_samples`, the parameter `threshold_steepness` and, once fitted, `calibration_scores_` and
-    `offset_`. Nothing else of it is used here.
+    A class that uses the mixin has `score_samples`, the parameter `threshold_steepness` and, once fitted,
+    `calibration_scores_` and `offset_`. The mixin needs nothing else.
     """
 
     threshold_steepness: float
@@ -99,8 +99,8 @@ class CalibratedOutlierMixin(OutlierMixin):
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Return +1 for normal and -1 for anomalous rows.
 
-        For new rows only. Each training row has a kernel of its own in the density, so that it scores as normal:
-        :meth:`fit_predict` finds the anomalous ones among the training rows.
+        For new rows only. Each training row has a kernel of its own in the density, so that it scores as normal: use
+        :meth:`fit_predict` for these.
 
         Parameters
         ----------
@@ -138,7 +138,7 @@ class CalibratedOutlierMixin(OutlierMixin):
         """Return the conformal p-value of each row under the hypothesis that it is normal.
 
         ``(1 + number of calibration_scores_ <= score) / (1 + number of calibration_scores_)``: a new normal row has a
-        p-value of at most p with probability p [1]_, if it comes from where the training rows came from.
+        p-value of at most p with probability p [1]_, if it has the distribution of the training rows.
 
         Parameters
         ----------
@@ -196,7 +196,7 @@ def conformal_p_values(scores: NDArray[np.floating], calibration_scores: NDArray
 
 def threshold_at_rate(calibration_scores: NDArray[np.floating], rate: float) -> float:
     """Return the score below which new normal rows fall at this rate."""
-    # Of the estimates of a quantile the one that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
+    # The quantile estimate that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
     return float(np.quantile(calibration_scores.astype(np.float64), rate, method="median_unbiased"))
 
 

@@ -14,8 +14,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-# Rows that a detector is asked about once it is fitted: hardly any takes so many that it learnt from for anomalous.
-N_ASKED = 20
+# Training rows whose predictions are checked after the fit: hardly any detector calls all of them anomalous.
+_N_CHECKED = 20
 
 
 def _detector_has(method: str) -> Any:
@@ -23,11 +23,11 @@ def _detector_has(method: str) -> Any:
 
 
 class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
-    """Make a binary classifier of an outlier detector: it learns from the normal rows, and answers with your labels.
+    """A binary classifier made of an outlier detector: it learns from normal rows, and predicts your labels.
 
-    scikit-learn's metrics, displays and searches are made for classifiers. Handed an outlier detector they score the
-    wrong class, or turn the scores around, without a word; and a search fits on the anomalies too. Here the
-    labels choose the rows to learn from, in each fold and in the refit, and say what the metrics are about.
+    scikit-learn's metrics, displays and searches are made for classifiers. Given an outlier detector they silently
+    score the wrong class or reverse the scores, and a search fits on the anomalies too. Here the labels choose the
+    rows to learn from, in each fold and in the refit, and the classes of the metrics.
 
     Parameters
     ----------
@@ -36,10 +36,10 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         a search that ends in one. It is cloned and fitted on the normal rows as `detector_`.
     anomaly_label : int, bool or str, default=1
         The label of anomalous rows; the other one is that of the normal rows. With `normal_label`, the label that is
-        answered for anomalous rows, whatever kinds of them y names.
+        predicted for anomalous rows of every kind.
     normal_label : int, bool, str or None, default=None
-        The label of normal rows. All other labels are then kinds of anomalies, any number of them. None: y holds
-        two labels, and `anomaly_label` tells which.
+        The label of normal rows. All other labels are then kinds of anomalies, any number of them. With None, y
+        holds two labels, and `anomaly_label` is one of them.
 
     Attributes
     ----------
@@ -48,9 +48,9 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     classes_ : ndarray of shape (2,)
         The labels, sorted; the columns of `predict_proba` follow them.
     n_features_in_ : int
-        Number of features that the detector saw; there where the detector has it.
+        Number of features that the detector was fitted on; present if the detector has it.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the columns of X; there where the detector has them.
+        Names of the columns of X; present if the detector has them.
 
     See Also
     --------
@@ -60,14 +60,14 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     -----
     The higher `decision_function`, the more a row belongs to ``classes_[1]``, as scikit-learn has it: with labels 0 and
     1 that is the anomalous class. Where the label of the anomalies sorts first ("bad" before "good"), it is the normal
-    one; metrics then want to be told the other way, for example ``make_scorer(f1_score, pos_label="bad")``.
+    one; set `pos_label` in metrics then, for example ``make_scorer(f1_score, pos_label="bad")``.
 
-    Answers are of two classes, also where y names several kinds of anomalies: give metrics and scorers ``y`` with two
-    labels, such as ``np.where(y == "good", "good", "bad")``. `score` does so by itself. Splitters may be given the
-    kinds: folds then have their share of each.
+    Predictions are of two classes, also where y names several kinds of anomalies: give metrics and scorers ``y`` with
+    two labels, such as ``np.where(y == "good", "good", "bad")``. `score` does so itself. Splitters may be given the
+    kinds, to stratify by them.
 
-    The anomalous rows are used for nothing but the names of the classes. They set no threshold: scikit-learn's
-    `TunedThresholdClassifierCV` and `CalibratedClassifierCV` do that.
+    The anomalous rows only name the classes. To set the threshold by them, use scikit-learn's
+    `TunedThresholdClassifierCV` or `CalibratedClassifierCV`.
 
     Examples
     --------
@@ -154,9 +154,9 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.classes_ = self._classes(y)
         normal = np.flatnonzero(y == self.classes_[1 - self._anomalous])
         self.detector_ = clone(self.detector).fit(_safe_indexing(X, normal))
-        # Before metrics rank by decision_function, which detectors that do not answer so turn the other way.
+        # At once: detectors that do not predict -1 and 1 mostly have a decision_function of the opposite sign.
         if not hasattr(self.detector_, "classes_"):
-            self._checked(self.detector_.predict(_safe_indexing(X, normal[:N_ASKED])))
+            self._checked(self.detector_.predict(_safe_indexing(X, normal[:_N_CHECKED])))
         for attribute in ("n_features_in_", "feature_names_in_"):
             if hasattr(self.detector_, attribute):
                 setattr(self, attribute, getattr(self.detector_, attribute))
@@ -181,7 +181,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     @_detector_has("predict_proba")
     def predict_proba(self, X: Any) -> NDArray[np.floating]:
-        """Return the detector's probabilities of the two classes; there where the detector has them.
+        """Return the detector's probabilities of the two classes; available if the detector has them.
 
         Parameters
         ----------
@@ -199,7 +199,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         return probabilities[:, [column, 1 - column] if self._anomalous == 0 else [1 - column, column]]
 
     def decision_function(self, X: Any) -> NDArray[np.floating]:
-        """Return the detector's decision function, turned so that it is higher for ``classes_[1]``.
+        """Return the detector's decision function, with the sign that makes it higher for ``classes_[1]``.
 
         Parameters
         ----------
@@ -216,7 +216,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         return -scores if self._anomalous == 1 else scores
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the accuracy: the share of rows of which it is known rightly whether they are anomalous.
+        """Return the accuracy: the share of rows whose label, normal or anomalous, is predicted correctly.
 
         Parameters
         ----------
@@ -240,7 +240,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         return int(self.classes_[1] == self.anomaly_label)
 
     def _check_labels(self, y: NDArray[Any]) -> None:
-        """Raise a ValueError unless `normal_label` is a label of y, and `anomaly_label` one to answer beside it."""
+        """Raise a ValueError unless `normal_label` is a label of y, and `anomaly_label` another of the same type."""
         kind = type_of_target(y, input_name="y", raise_unknown=True)
         labels = np.unique(y).tolist()
         if kind not in ("binary", "multiclass") or self.normal_label not in labels:
@@ -258,13 +258,13 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             raise ValueError(f"normal_label={self.normal_label!r} is the anomaly_label too. Give two different labels.")
 
     def _binary(self, y: NDArray[Any]) -> NDArray[Any]:
-        """Return the labels with one name for all kinds of anomalies, where `normal_label` tells them."""
+        """Return the labels with one name for all kinds of anomalies, if `normal_label` is given."""
         if self.normal_label is None:
             return y
         return np.where(y == self.normal_label, self.normal_label, self.anomaly_label)
 
     def _checked(self, answers: NDArray[Any]) -> NDArray[Any]:
-        """Return what the detector predicts, and raise a ValueError where it is not of -1 and 1."""
+        """Return the detector's predictions; raise a ValueError if they are not all -1 or 1."""
         strange = np.setdiff1d(answers, [-1, 1])
         if len(strange):
             raise ValueError(

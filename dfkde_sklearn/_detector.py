@@ -26,30 +26,28 @@ from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.fit import fit
 from dfkde_sklearn._density.folds import copies
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity
+from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 
 if TYPE_CHECKING:
-    from dfkde_sklearn._deploy.buffers import DensityBuffers
     from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.model import DfkdeModel
 
-# Rows scored at a time, and entries of a table that are looked at, so that what is made of them takes little memory.
+# Rows scored at a time, and entries of a table checked at a time, so that their copies take little memory.
 _ROWS = 2**14
 _ENTRIES = 2**20
 # Share of training rows up to which copies of others are no reason for a warning.
 _FEW_COPIES = 0.02
-# Parts of the density's state that are public attributes; the others are the affair of this package.
+# Parts of the density's state that are public attributes; the others are private.
 _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwidth", "kernel_centers")
-
-
 # Numbers below the normal range count as zero in the threads of the kernels.
 _POSITIVE = Interval(Real, float(np.finfo(np.float64).tiny), None, closed="left")
 
 
 class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
-    """Deep feature kernel density estimation: find what does not look like the normal training data.
+    """Deep feature kernel density estimation: an outlier detector for images and feature rows.
 
     A feature extractor turns images into feature rows, these are reduced to their principal components, and a Gaussian
     kernel density of the normal training rows scores new rows. The threshold comes from out-of-fold scores of the
@@ -58,12 +56,13 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     Parameters
     ----------
     features : "auto", transformer or None, default="auto"
-        The feature extractor. With "auto", a two-dimensional numeric X is the feature matrix and anything else is
-        images, for :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must be a
+        The feature extractor. With "auto", a two-dimensional numeric X is the feature matrix, and any other X is images
+        for :class:`TimmFeatures`. A transformer is cloned and fitted as `features_`. With None, X must be a
         feature matrix.
     n_components : int, float or "auto", default="auto"
-        Principal components to keep. "auto" keeps those along which held-out rows vary much as training rows do: see
-        Notes. An int is the largest number, a float in (0, 1) keeps the fewest that hold this share of the variance.
+        Principal components to keep. "auto" keeps those along which held-out rows vary about as much as training
+        rows: see Notes. An int is the largest number, a float in (0, 1) keeps the fewest that hold this share of the
+        variance.
     scaling : {"scale", "norm"} or None, default="scale"
         What is done to the principal components before the density: "scale" divides by the largest norm in
         training (a constant in the log density), "norm" makes each row unit length, None leaves them.
@@ -79,7 +78,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Fit on at most this many training rows, drawn with `random_state`; None takes all.
     contamination : "auto" or float, default="auto"
         "auto" takes all training rows for normal. A float in (0, 0.5] is the share of them that is anomalous: the rows
-        with the lowest scores leave the fit, and the threshold lies between them and the rest.
+        with the lowest scores leave the fit, and the threshold lies between them and the others.
     target_fpr : float, default=0.05
         The share of new normal rows that may be called anomalous; used where `contamination` and `threshold_offset`
         are "auto".
@@ -109,8 +108,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     singular_values_ : ndarray of shape (`n_components_`,), float64
         Singular values of the centred training rows on the axes.
     n_components_ : int
-        Number of components kept: bounded by `n_components`, the rank of the training rows, and the number of distinct
-        rows that are left without one of 20 folds, and without those that leave by `contamination`, less one.
+        Number of components kept. It is at most `n_components`, at most the rank of the training rows, and less than
+        the number of distinct rows that remain without one of 20 folds and without the rows that `contamination`
+        removes.
     max_length_ : float
         The largest norm of a training row's components, by which "scale" divides.
     bandwidth_ : float
@@ -118,7 +118,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     kernel_centers_ : ndarray of shape (n_kernels, `n_components_`)
         The training rows of the density, whitened: their covariance is the identity.
     calibration_scores_ : ndarray of shape (n_samples,)
-        Log density of each training row from a fit without it; these and no others set the threshold. See Notes.
+        Log density of each training row from a fit without it; only these set the threshold. See Notes.
     offset_ : float
         The threshold: rows whose log density lies below it are called anomalous.
     classes_ : ndarray of shape (2,)
@@ -138,12 +138,12 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
     The training rows are divided into 20 consecutive folds, and each fold is scored with axes, whitening and kernels
     from the other folds: these out-of-fold scores are `calibration_scores_`, and their quantile `target_fpr` is
     `offset_`. The same folds measure how far held-out rows lie from the axes, which sets the scale of the residual, and
-    how far they spread along each axis: ``n_components="auto"`` keeps the first axes, as long as the variance of
-    held-out rows is at most twice that of the rows that the axis comes from.
+    their variance along each axis: ``n_components="auto"`` keeps the first axes, as long as the variance of held-out
+    rows is at most twice that of the rows that the axis was computed from.
 
     Rows left out by `max_samples` or `contamination` are scored by the fit itself. The false-alarm rate holds for new
-    rows that come from where the training rows came from. If several rows show one part, keep them adjacent, so that
-    they share a fold. Rows that are equal share a fold wherever they are.
+    rows from the same distribution as the training rows. If several rows show one part, keep them adjacent, so that
+    they share a fold. Equal rows share a fold wherever they stand.
 
     "auto" and "box" were chosen on three data sets, where no setting is best everywhere (docs/guide/quality.rst).
     :meth:`original` has the original's settings.
@@ -228,7 +228,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         """Return a detector with the settings of the original [1]_: 16 components, and no residual.
 
         Its threshold still comes from the training data, since the original's constant of 12 keeps no false-alarm
-        rate; ``threshold_offset=12.0`` gives that too.
+        rate; ``threshold_offset=12.0`` sets that constant.
 
         Parameters
         ----------
@@ -302,7 +302,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         return labels(self._margins(self._fit(X)))
 
     def _fit(self, X: Any) -> NDArray[np.floating]:
-        """Fit, and return the scores (n,) of the training rows that the threshold parts."""
+        """Fit, and return the scores (n,) of the training rows that are compared with the threshold."""
         table = self._fit_features(X)
         groups = copies(table)
         drawn = np.arange(len(table))
@@ -366,9 +366,8 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Returns
         -------
         ndarray of shape (n_samples,), dtype of the features
-            Natural log of the density of the scaled principal components, with the residual term where `residual`
-            asks for one; higher is more normal. Finite, however far out a row lies; below the lowest number of
-            the dtype all are that number.
+            Natural log of the density of the scaled principal components, with the residual term if `residual`
+            is not None; higher is more normal. Always finite: the smallest value is the lowest number of the dtype.
 
         Raises
         ------
@@ -378,10 +377,10 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         return self._log_density(X)
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Return the mean log density of the rows in the whole feature space.
+        """Return the mean log density of the rows in the full feature space.
 
         The density of the principal components times the Gaussian residual of probabilistic PCA [1]_, whatever
-        `residual` is used for scoring, so that it compares numbers of components and bandwidths; `GridSearchCV`
+        `residual` is, so that it compares numbers of components and bandwidths; `GridSearchCV`
         maximises it. With ``scaling="norm"`` the components have no density in the feature space: that of the unit rows
         stands in.
 
@@ -453,15 +452,15 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
                 f"A DfkdeModel is needed, not {type(model).__name__}. For weights: DfkdeModel.from_anomalib."
             )
         buffers = model.density
-        if not buffers.is_fitted:
-            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+        buffers.check_fitted()
         bandwidth, scott = float(buffers.bandwidth), scott_bandwidth(*buffers.kernel_centers.shape)
         residual: Literal["gaussian", "box"] | None = None
         if len(buffers.residual):
             residual = "gaussian" if torch.equal(buffers.residual, buffers.gaussian_residual) else "box"
         extractor = None if model.feature_extractor is None else model.feature_extractor.as_extractor()
         detector = cls(
-            extractor,
+            # A parameter that is set changes no fitted attribute.
+            None if extractor is None else clone(extractor),
             n_components=model.n_components,
             scaling=model.pre_processing,
             bandwidth="scott" if isclose(bandwidth, scott, rel_tol=1e-12) else bandwidth,
@@ -477,7 +476,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         """Write the fitted detector to a file that later versions read, and that holds no code.
 
         One safetensors file, with a header in JSON. A backbone is stored by its name, tag and the hash of its weights.
-        The file is written whole or not at all: what was there before stays until then.
+        A file that exists is replaced only once the new one is complete.
 
         Parameters
         ----------
@@ -491,6 +490,8 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         TypeError
             If the feature extractor is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
             an object that the file cannot hold. Pickle and joblib keep any.
+        ValueError
+            If a parameter that was set after the fit is not allowed, or contradicts the fit.
 
         Notes
         -----
@@ -498,6 +499,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         `random_state` that is a generator.
         """
         check_is_fitted(self)
+        self._validate_params()
         from dfkde_sklearn._deploy.saved import Saved, save
 
         parameters = self.get_params(deep=False)
@@ -535,7 +537,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Returns
         -------
         DFKDEDetector
-            As it was saved, but for what belongs to the machine.
+            As it was saved, except for what belongs to the machine.
 
         Raises
         ------
@@ -562,7 +564,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         The input is ``images``, float32 of shape (n, 3, H, W), as `read_images` of the `to_torch` module gives them;
         ``features`` of shape (n, n_features) where the feature extractor is not :class:`TimmFeatures`. The outputs are
         ``log_density`` and ``p_anomalous`` in the dtype of the features, and ``label``, int64, 1 or -1, all of shape
-        (n,). Any number n of rows will do.
+        (n,). n may be any number of rows.
 
         Parameters
         ----------
@@ -581,8 +583,8 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             If the extra is not installed.
         ValueError
             If the feature extractor cannot be exported, `image_shape` is given and there is none, or the exported file
-            differs on `check` by more than runtimes round: 0.001 of a log density behind a network, 0.0001 with
-            features of float32, 1e-8 of float64; in nats where it is below 1.
+            differs on `check` by more than rounding: 0.001 of a log density behind a network, 0.0001 with features of
+            float32, 1e-8 with features of float64; in nats where the log density is below 1.
         """
         check_is_fitted(self)
         from dfkde_sklearn._deploy.export import write_onnx
@@ -599,7 +601,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Parameters
         ----------
         path : str or PathLike
-            The file to write, by custom named ``.pt2``.
+            The file to write, usually named ``.pt2``.
         image_shape : tuple (height, width), default=None
             As in `to_onnx`.
         check : images, default=None
@@ -622,17 +624,17 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         drawn: NDArray[np.int64],
         scores: NDArray[np.floating],
     ) -> NDArray[np.floating]:
-        """Return the scores of the drawn rows, and of the others by the fit, which has not seen them."""
+        """Return the scores of the drawn rows, and those of the held-out rows by the fit."""
         if len(drawn) == len(table):
             return scores
         others = np.setdiff1d(np.arange(len(table)), drawn, assume_unique=True)
         of_all = np.empty(len(table), scores.dtype)
         of_all[drawn] = scores
         of_all[others] = self._scores(table, others)
-        # The fit has seen those that equal a drawn row.
-        seen, first = np.unique(groups[drawn], return_index=True)
-        again = others[np.isin(groups[others], seen)]
-        of_all[again] = scores[first[np.searchsorted(seen, groups[again])]]
+        # Copies of drawn rows are not held out: they get the out-of-fold score of the drawn row.
+        drawn_groups, first = np.unique(groups[drawn], return_index=True)
+        copied = others[np.isin(groups[others], drawn_groups)]
+        of_all[copied] = scores[first[np.searchsorted(drawn_groups, groups[copied])]]
         return of_all
 
     def _keep(self, fitted: FeatureDensity) -> None:
@@ -642,7 +644,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         self.n_components_ = len(self.components_)
 
     def _fitted(self, dtype: torch.dtype, device: torch.device) -> FeatureDensity:
-        """Return what `_keep` kept, on the device, for rows of `dtype`."""
+        """Return the density that `_keep` stored, on the device, for rows of `dtype`."""
         kept = {name: getattr(self, _attribute(name)) for name, _ in STATE}
         state = {
             name: _tensor(value, device) if isinstance(value, np.ndarray) else value for name, value in kept.items()
@@ -651,11 +653,9 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 
     def _buffers(self) -> DensityBuffers:
         """Return the fitted state as buffers of a torch module, on the CPU."""
-        from dfkde_sklearn._deploy.buffers import DensityBuffers
-
         dtype = torch.float32 if self.kernel_centers_.dtype == np.float32 else torch.float64
         buffers = DensityBuffers(self.scaling, float(self.threshold_steepness), float(self.offset_))
-        # A copy, since arrays out of a memory map cannot be written to, of which torch warns.
+        # A copy: torch warns of read-only arrays, such as memory maps.
         scores = torch.from_numpy(np.array(self.calibration_scores_))
         buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
         return buffers
@@ -752,7 +752,7 @@ def _attribute(name: str) -> str:
 
 
 def _is_matrix(X: Any) -> bool:
-    """Tell a feature matrix, or what scikit-learn's validation shall refuse as one, from images."""
+    """Return whether X is a feature matrix and not images; scikit-learn's validation may still refuse it."""
     if isinstance(X, str | PathLike):
         return False
     if isinstance(X, list | tuple):
@@ -767,12 +767,12 @@ def _is_matrix(X: Any) -> bool:
 
 
 def _is_of_numbers(table: NDArray[Any]) -> bool:
-    """Tell whether an array can stay as it is until blocks of its rows are converted to float64."""
+    """Return whether an array can stay as it is until blocks of its rows are converted to float64."""
     return table.dtype.kind in "biuf" and table.dtype.itemsize <= 8 and table.dtype.isnative
 
 
 def _blocks(table: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Return rows of a table, block by block, so that what is made of all its entries takes little memory."""
+    """Return the rows of a table in blocks, so that arrays computed from a block take little memory."""
     size = max(1, _ENTRIES // max(1, table.shape[1]))
     return (table[start : start + size] for start in range(0, len(table), size))
 
@@ -796,7 +796,8 @@ def _depth(X: Any) -> int:
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return a tensor that shares the memory of `array` where it can; it is never written to."""
-    if min(array.strides, default=0) < 0:
+    # torch refuses steps backwards, and steps of part of a number, as columns of structured arrays have.
+    if any(step < 0 or step % array.itemsize for step in array.strides):
         array = array.copy()
     if array.flags.writeable:
         return torch.from_numpy(array).to(device)

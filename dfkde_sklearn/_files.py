@@ -1,4 +1,4 @@
-"""Output files and folders, each written whole or not at all."""
+"""Output files and folders, each written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write `data` to `path`; a kill or an error at any moment leaves the old file or the new one, whole.
+    """Write `data` to `path`; a kill or an error at any moment leaves either the old file or the new one, complete.
 
     A link stays a link, and the file it points to is written. A file that is replaced keeps its mode, and its owner if
     this process may set it; the mode of a new file follows from the umask. Devices, pipes and open descriptors, such
@@ -62,7 +62,7 @@ def write_file(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder whose sub-folders are moved to the folder `path` at the end; after an error, none are.
 
-    They are moved one by one, in order of their names, each of them whole.
+    They are moved one by one, in order of their names.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise an OSError if `write_file` would fail, as far as that can be known without writing.
+    """Raise an OSError if `write_file` would fail, as far as can be checked without writing.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
-"""Threads on the CPU: some that each run torch on one core, and what a forked process has to begin anew.
+"""Threads on the CPU that each run torch on one core, and what a forked process has to reset.
 
 torch's own threads wait for more work by spinning. On small matrices, and beside other work, they mostly wait for one
-another: ten times slower than one thread. torch has its number of threads for each thread, so that what runs in the
-threads here hinders nothing else; the one number that NumPy's and SciPy's BLAS has for the process is left alone.
+another: ten times slower than one thread. torch keeps a number of threads for each calling thread, so that the threads
+here can be set to one core without an effect on others. NumPy's and SciPy's BLAS has one number for the process, which
+is not changed.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _Result = TypeVar("_Result")
 
 
 class Threads:
-    """Threads that make the calls they are given: as many as the system lets start; with none, the caller makes them.
+    """Threads that make calls. If the system refuses to start any, the caller makes the calls itself.
 
-    In place of ``concurrent.futures.ThreadPoolExecutor``, which takes no calls once the main thread has ended, though
-    others go on, and of which a call is lost, and waited for in vain, when a thread cannot be started.
+    In place of ``concurrent.futures.ThreadPoolExecutor``, which takes no calls once the main thread has ended, even
+    if others still run. And if that cannot start a thread, a call may never be made, and its result never comes.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class Threads:
         _all_threads.add(self)
 
     def forget(self) -> None:
-        """Begin anew in a forked process, which has none of the threads."""
+        """Start over in a forked process, which has none of the threads."""
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._started: list[threading.Thread] = []
 
@@ -137,7 +138,7 @@ class Lock:
         _all_locks.add(self)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Make a new lock."""
         self._lock = self._make()
 
     def __enter__(self) -> None:
@@ -159,7 +160,8 @@ def run_in_turn(task: Callable[[Any], None], items: Iterable[Any]) -> None:
 def run_on_single_cores(n_threads: int) -> Run:
     """Return ``run(task, items)``: the task of every item, in any order, in threads that each use one core.
 
-    No more threads than torch is given, and at most `n_threads`. A task that runs others in this way does so in turn.
+    There are at most `n_threads` of them, and at most torch's own number. A task that calls this itself runs its own
+    tasks in turn.
     """
     if _is_on_single_core():
         return run_in_turn
@@ -197,7 +199,7 @@ def on_single_core(function: Callable[_P, _Result], *args: _P.args, **kwargs: _P
 def computed_ahead(
     function: Callable[[_Item], _Result], items: Iterable[_Item], n_threads: int, n_ahead: int
 ) -> Generator[_Result, None, None]:
-    """Yield ``function(item)`` for every item, in order; up to `n_ahead` of them are computed in threads ahead."""
+    """Yield ``function(item)`` for every item, in order; up to `n_ahead` are computed in advance, in threads."""
     threads = Threads("dfkde_sklearn_ahead")
     futures: deque[Future[_Result]] = deque()
     try:
@@ -213,14 +215,14 @@ def computed_ahead(
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``; a small one on the CPU by NumPy, as torch wakes threads for it, which may take milliseconds."""
+    """Return ``a @ b``; small ones on the CPU by NumPy, since torch wakes threads, which takes up to milliseconds."""
     if a.is_cpu and len(a) * b.numel() < _SMALL_PRODUCT:
         return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
     return a @ b
 
 
 def _run_to_the_end(calls: list[Callable[[], _Result]], give_up: Callable[[], object] = lambda: None) -> list[_Result]:
-    """Return what the calls return, in threads that use one core; none still runs when this returns or raises."""
+    """Return what the calls return, in threads that use one core each; when this returns or raises, none still runs."""
     futures: list[Future[_Result]] = []
     try:
         for call in calls:
@@ -249,8 +251,8 @@ def _start_single_cores(n: int) -> None:
             may_restore.wait()
             torch.set_num_threads(n_of_process)
 
-        # In a thread of its own, as it would set the number of the calling thread too; and started first: without it,
-        # new threads of others would have to do with one core.
+        # In a thread of its own, as it would set the number of the calling thread too. It is started first: without it,
+        # new threads of others would be left with one core.
         restoring = threading.Thread(target=restore, daemon=True)
         try:
             restoring.start()
@@ -268,7 +270,7 @@ def _use_one_core() -> None:
     # A new thread takes over the process's number at its first use of it, which must not come after the next line.
     torch.get_num_threads()
     torch.set_num_threads(1)
-    # In these threads alone. Numbers below the normal range cost 3 to 5 times as much, and count for nothing here.
+    # In these threads alone. Numbers below the normal range cost 3 to 5 times as much, and make no difference here.
     torch.set_flush_denormal(True)
     _of_thread.is_on_single_core = True
 
@@ -278,7 +280,7 @@ def _begin_anew() -> None:
         threads.forget()
     for lock in _all_locks:
         lock.forget()
-    # OpenMP's threads are gone as well, and torch would wait for them for ever.
+    # OpenMP's threads are gone as well, and torch would wait for them without end.
     torch.set_num_threads(1)
 
 

@@ -857,8 +857,11 @@ def test_pickles_memory_maps_and_odd_layouts_score_the_same(tmp_path):
     wide = np.zeros((40, 16))
     wide[::2, ::2] = new
     tensor = torch.tensor(new, requires_grad=True)
+    records = np.zeros(20, dtype=[("features", float, (8,)), ("is_good", np.int8)])
+    records["features"] = new
     for same in (
         frozen,
+        records["features"],
         wide[::2, ::2],
         np.asfortranarray(new),
         new[::-1][::-1],

@@ -1,4 +1,4 @@
-"""Weights that anomalib fitted: read without running code, and turned into a density.
+"""Weights that anomalib fitted: read without running code, and converted to a density.
 
 anomalib's model holds ``pca_model`` (``mean`` and ``singular_vectors``), ``max_length``, and ``kde_model``:
 ``bw_transform``, the Cholesky factor T of the inverse kernel covariance, and ``dataset``, the scaled components
@@ -24,7 +24,7 @@ from dfkde_sklearn._density.scoring import FeatureDensity, RowDensity
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._kernels.density import leave_one_out
 
-_LEARNT = (
+_LEARNED = (
     "pca_model.mean",
     "pca_model.singular_vectors",
     "kde_model.bw_transform",
@@ -38,12 +38,12 @@ _TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class AnomalibState:
-    """What anomalib's DFKDE learnt.
+    """What anomalib's DFKDE learned.
 
     mean : Tensor (D,), float64.
     axes : Tensor (D, d), float64.
     max_length : float, the largest norm of a training row on the axes.
-    whitening : Tensor (d, d), float64; makes scaled components white.
+    whitening : Tensor (d, d), float64; whitens scaled components.
     kernel_centers : Tensor (n, d), float64; the whitened training rows.
     scaling : "scale" or "norm".
     backbone : dict, the weights of the backbone by their names in it; empty where the file holds none.
@@ -70,7 +70,7 @@ class AnomalibState:
     @property
     def log_volume(self) -> float:
         """What whitening adds to the log density of the scaled components."""
-        # Not from the stored norm, which overflows float32 with many components.
+        # Not from the stored norm, which overflows in float32 if there are many components.
         return float(self.whitening.diagonal().log().sum())
 
     def density(self) -> FeatureDensity:
@@ -103,7 +103,7 @@ class AnomalibState:
 
     def leave_one_out(self) -> Tensor:
         """Return the log density (n,) of each training row without its own kernel."""
-        # For "norm" the kernels were centred and rows that are scored are not, so these stand in for those.
+        # An approximation for "norm": its kernels were centred, and the rows that it scores are not.
         return leave_one_out(self.kernel_centers, self.bandwidth) + self.log_volume
 
 
@@ -119,21 +119,22 @@ def read_state(weights: str | PathLike[str] | Mapping[str, Any]) -> AnomalibStat
     given = weights if isinstance(weights, Mapping) else _read_file(Path(weights))
     if isinstance(given, Mapping) and isinstance(given.get("state_dict"), Mapping):
         given = given["state_dict"]
-    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    entries = given.items() if isinstance(given, Mapping) else ()
+    tensors = {key: value for key, value in entries if isinstance(key, str) and isinstance(value, Tensor)}
     anchor = "pca_model.singular_vectors"
     prefixes = [key.removesuffix(anchor) for key in tensors if key == anchor or key.endswith(f".{anchor}")]
-    complete = [prefix for prefix in prefixes if all(prefix + name in tensors for name in _LEARNT)]
+    complete = [prefix for prefix in prefixes if all(prefix + name in tensors for name in _LEARNED)]
     if len(complete) != 1:
-        found = f"it holds {len(complete)} such models" if complete else f"its names are {_some(tensors)}"
+        reason = f"it holds {len(complete)} such models" if complete else f"its names are {_some(tensors)}"
         raise ValueError(
-            f"{source} is not that of one DFKDE model of anomalib: {found}. Needed are {', '.join(_LEARNT)},"
+            f"{source} is not that of one DFKDE model of anomalib: {reason}. Needed are {', '.join(_LEARNED)},"
             " with any prefix."
         )
     prefix = complete[0]
-    learnt = {name: tensors[prefix + name].detach().cpu().double() for name in _LEARNT}
-    if learnt["kde_model.dataset"].numel() == 0:
+    learned = {name: tensors[prefix + name].detach().cpu().double() for name in _LEARNED}
+    if learned["kde_model.dataset"].numel() == 0:
         raise ValueError(f"{source} is of a DFKDE model that was not fitted: kde_model.dataset is empty.")
-    return _checked(learnt, _backbone_weights(tensors, prefix), source)
+    return _checked(learned, _backbone_weights(tensors, prefix), source)
 
 
 def load_backbone(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -156,8 +157,8 @@ def load_backbone(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"{len(strange)} of {len(weights)} weights in the file are not of this backbone: {_some(strange)}. "
             "Give the backbone, and the layers, that the model was trained with."
         )
-    # Layers after the last one that was read are not in the file and have no part in the features; but a file that
-    # lacks weights between those it has would leave random ones.
+    # The file lacks the layers after the last one that was read, which the features do not need. If it lacked others,
+    # these would keep random weights.
     last = max(list(own).index(name) for name in weights)
     missing = [name for name in list(own)[:last] if name not in weights and not name.endswith("num_batches_tracked")]
     if missing:
@@ -188,29 +189,29 @@ def _read_file(path: Path) -> Any:
 def _backbone_weights(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the weights under ``feature_extractor``, which newer versions wrap once more."""
     root = prefix.removesuffix("classifier.") + "feature_extractor."
-    found = {key.removeprefix(root): value for key, value in tensors.items() if key.startswith(root)}
+    weights = {key.removeprefix(root): value for key, value in tensors.items() if key.startswith(root)}
     inner = "feature_extractor."
-    if found and all(key.startswith(inner) for key in found):
-        found = {key.removeprefix(inner): value for key, value in found.items()}
-    return found
+    if weights and all(key.startswith(inner) for key in weights):
+        weights = {key.removeprefix(inner): value for key, value in weights.items()}
+    return weights
 
 
-def _checked(learnt: dict[str, Tensor], backbone: dict[str, Tensor], source: str) -> AnomalibState:
-    mean, axes, factor, dataset, norm, max_length = learnt.values()
+def _checked(learned: dict[str, Tensor], backbone: dict[str, Tensor], source: str) -> AnomalibState:
+    mean, axes, factor, dataset, norm, max_length = learned.values()
     mean = mean.flatten()
-    shapes = {name: tuple(value.shape) for name, value in learnt.items()}
+    shapes = {name: tuple(value.shape) for name, value in learned.items()}
     (n, d), n_features = dataset.shape if dataset.ndim == 2 else (0, 0), len(mean)
     fitting = axes.shape == (n_features, d) and factor.shape == (d, d) and norm.numel() == max_length.numel() == 1
     if not fitting or n < 2:
         raise ValueError(f"{source} holds sizes that do not fit one another: {shapes}.")
-    for name, value in learnt.items():
+    for name, value in learned.items():
         if name != "kde_model.norm" and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{source} holds NaN or infinities in {name}: the model was not fitted well. Fit anew.")
+            raise ValueError(f"{source} holds NaN or infinities in {name}: the fit failed. Fit the model again.")
     diagonal = factor.diagonal()
     if not (bool((diagonal > 0).all()) and float(max_length) > 0):
         raise ValueError(f"{source} holds a kde_model.bw_transform or max_length that is not positive.")
     log_norm = float(diagonal.log().sum()) - d * math.log(math.tau) / 2
-    # In float32 the norm of many components overflows or underflows, which says nothing.
+    # In float32 the norm of many components overflows or underflows, which is no sign of damage.
     if 1e-37 < float(norm) < 1e38 and abs(math.log(float(norm)) - log_norm) > _TOLERANCE:
         raise ValueError(f"{source} holds a kde_model.norm that does not belong to its kde_model.bw_transform.")
     h = scott_bandwidth(n, d)
@@ -229,7 +230,7 @@ def _scaled_rows(kernel_centers: Tensor, whitening: Tensor) -> Tensor:
 
 
 def _scaling(rows: Tensor) -> Literal["scale", "norm"] | None:
-    """Return the scaling that training rows show: the file does not name it."""
+    """Return the scaling, inferred from the training rows: the file does not name it."""
     squares = rows.square().sum(1)
     # Unit rows u less their mean m: |rows + m|^2 = 1 for one m, linear in m but for |m|^2, a constant.
     system = torch.cat([2 * rows, torch.ones_like(squares)[:, None]], 1)

@@ -1,4 +1,4 @@
-"""A fitted density in the buffers of a torch module: what a model holds, and what a saved detector consists of."""
+"""A fitted density in the buffers of a torch module: the state of a model, and the content of a saved detector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dfkde_sklearn._kernels.density import WORKING_MEMORY
 # The axes of every buffer; m are training rows.
 _AXES = dict(STATE) | {"calibration_scores": "m", "steepness": "", "offset": ""}
 _IN_ROW_DTYPE = ("kernel_centers", "calibration_scores")
-# Of the residual terms the first number, the variance.
+# Of a residual term only the first number, the variance, has to be positive.
 _POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
 
 
@@ -74,8 +74,13 @@ class DensityBuffers(nn.Module):
         """Whether there is a density."""
         return len(self.kernel_centers) > 0
 
+    def check_fitted(self) -> None:
+        """Raise a ValueError if there is no density."""
+        if not self.is_fitted:
+            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+
     def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
-        """Take over a fitted density and its calibration scores."""
+        """Store a fitted density and its calibration scores."""
         kept = fitted.state() | {"calibration_scores": calibration_scores}
         for name, value in kept.items():
             dtype = None if name in _IN_ROW_DTYPE else self.get_buffer(name).dtype
@@ -99,10 +104,10 @@ class DensityBuffers(nn.Module):
         return finite(log_densities.to(features))
 
     def traceable_log_density(self, features: Tensor) -> Tensor:
-        """Return the same in float64, by few operations on whole tensors, that can be traced and differentiated.
+        """Return the same in float64, by a few tensor operations that can be traced and differentiated.
 
-        The kernels at a row q are ``exp(q . k - |k|^2 / 2)`` times a factor of q alone, ``exp(-|q|^2 / 2)``: however
-        far out q lies, its logarithm is added to that of the sum, and nothing underflows.
+        The kernels at a row q are ``exp(q . k - |k|^2 / 2)`` times a factor of q alone, ``exp(-|q|^2 / 2)``. The
+        logarithm of that factor is added to that of the sum, so that nothing underflows, however large q is.
         """
         n, d = self.kernel_centers.shape
         # With an axis between: where a network ends in a reduction that drops the axis of positions, OpenVINO 2026.4
@@ -133,7 +138,7 @@ class DensityBuffers(nn.Module):
         return torch.sigmoid(-self.steepness.to(log_densities.dtype) * excess).to(log_densities)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Halved, the density would be noise: only the device changes. Apple's GPUs have no float64.
+        # With fewer digits the density would be noise: only the device changes. Apple's GPUs have no float64.
         device = fn(torch.empty(0, dtype=torch.float32, device=self.mean.device)).device
         if device.type == "mps":
             device = torch.device("cpu")
@@ -168,16 +173,17 @@ class DensityBuffers(nn.Module):
 
 
 def _faults(given: Mapping[str, Any]) -> list[str]:
-    """Return what keeps these from being the buffers of one density."""
+    """Return the reasons why these cannot be the buffers of one density."""
     faults: list[str] = []
     lengths: dict[str, int] = {}
     for name, value in given.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
             faults.append(f"{name} is not a tensor with its values")
             continue
-        floats = (torch.float32, torch.float64) if name in _IN_ROW_DTYPE else (torch.float64,)
-        if value.dtype not in ((torch.int64,) if name == "scaling_code" else floats):
-            faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, floats))}")
+        allowed = (torch.float32, torch.float64) if name in _IN_ROW_DTYPE else (torch.float64,)
+        allowed = (torch.int64,) if name == "scaling_code" else allowed
+        if value.dtype not in allowed:
+            faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}")
         elif value.ndim != len(_AXES[name]):
             faults.append(f"{name} has shape {tuple(value.shape)}; {len(_AXES[name])} axes are needed")
         else:
@@ -194,7 +200,7 @@ def _faults(given: Mapping[str, Any]) -> list[str]:
 
 
 def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
-    """Return what is wrong with the values of a buffer, or nothing: with one that is not a number all is normal."""
+    """Return what is wrong with the values of a buffer; "" if nothing is."""
     value = given[name]
     if name == "scaling_code" or not (is_fitted or name in ("steepness", "offset")):
         return ""
@@ -203,7 +209,7 @@ def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> 
     if name == "calibration_scores":
         # A density may be zero.
         return f"{name} holds NaN or +inf" if bool((value.isnan() | (value == math.inf)).any()) else ""
-    # anomalib's weights do not tell the singular values of "norm", which no score needs.
+    # anomalib's weights lack the singular values of "norm", which no score needs.
     is_unknown = name == "singular_values" and bool(value.isnan().all())
     if not is_unknown and not bool(torch.isfinite(value).all()):
         return f"{name} holds NaN or infinities"

@@ -24,12 +24,12 @@ from dfkde_sklearn._images import as_images, image_batches
 # Resize, GroupNormalization and LayerNormalization of backbones have their present form since 18 (2022).
 OPSET = 18
 OUTPUTS = ("log_density", "p_anomalous", "label")
-# Batches of two, since a length of one would be taken for constant.
+# Not one, which the tracer would take for a constant.
 _TRACED_ROWS = 2
-# Rows that go through an exported file at once while it is checked: some, as a batch of one hides what mixes rows.
+# Rows of a batch while an exported file is checked: several, since a batch of one hides faults that mix rows.
 _CHECKED_ROWS = 16
-# What a checked file may differ by: relative to the log density, or absolute, in nats, where that is below 1. Behind a
-# network, whose float32 sums each runtime orders its own way, and of float32 and float64 features.
+# Tolerances of the check: relative to the log density, or absolute, in nats, where that is below 1. After a network,
+# since runtimes order its float32 sums differently, and for float32 and float64 features.
 _TOLERANCES = {"images": 1e-3, "float32": 1e-4, "float64": 1e-8}
 
 # An exported file: a batch to log density, P(anomalous) and label.
@@ -110,7 +110,7 @@ class Scorer(nn.Module):
     model : DfkdeModel
         Fitted.
     preprocessing : torch.nn.Module or None
-        What images go through first.
+        Applied to images first.
     """
 
     def __init__(self, model: DfkdeModel, preprocessing: nn.Module | None) -> None:
@@ -125,13 +125,13 @@ class Scorer(nn.Module):
         features = self.model.get_features(batch)
         density = self.model.density
         log_densities = self.model.compute_kde_scores(features, as_log_likelihood=True)
-        # Asked so that NaN, which the detector refuses and a graph cannot, is not normal.
+        # With >=, so that NaN is not normal: the detector refuses it, and a graph cannot.
         is_normal = log_densities.double() >= density.offset
         return log_densities, self.model.compute_probabilities(log_densities), 2 * is_normal.long() - 1
 
 
 def _scorer(model: DfkdeModel, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
-    """Return what is exported, the name of its input, and an example of it."""
+    """Return the module to export, the name of its input, and an example input."""
     model.eval()
     dtype = model.density.kernel_centers.dtype
     if model.feature_extractor is None:
@@ -150,13 +150,13 @@ def _scorer(model: DfkdeModel, image_shape: tuple[int, int] | None) -> tuple[nn.
 
 
 def _check(run: Run, runtime: str, model: DfkdeModel, image_shape: tuple[int, int] | None, reference: Expected) -> None:
-    """Raise a ValueError unless an exported file gives what the detector gives."""
+    """Raise a ValueError unless an exported file gives the detector's results."""
     scores = reference.log_densities.astype(np.float64)
     excess, steepness = scores - model.threshold_offset, model.threshold_steepness
     dtype = str(model.density.kernel_centers.dtype).removeprefix("torch.")
     tolerance = _TOLERANCES[dtype if model.feature_extractor is None else "images"]
     near = tolerance * np.maximum(1.0, np.abs(scores))
-    # The right values, and by how much they may be missed: a label by any, where the score is at the threshold.
+    # The right values and their tolerances; where the score is at the threshold, either label is right.
     right = {
         "log_density": (scores, near),
         "p_anomalous": (expit(-steepness * excess), max(1.0, steepness) * near),
@@ -164,30 +164,30 @@ def _check(run: Run, runtime: str, model: DfkdeModel, image_shape: tuple[int, in
     }
     outputs = [run(batch) for batch in _batches(model, image_shape, reference.X)]
     for name, parts in zip(OUTPUTS, zip(*outputs, strict=True), strict=True):
-        found = np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
+        actual = np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
         expected, allowed = right[name]
         # NaN and infinities are differences.
-        difference = np.nan_to_num(np.abs(found - expected), nan=np.inf)
+        difference = np.nan_to_num(np.abs(actual - expected), nan=np.inf)
         wrong = np.flatnonzero(difference > allowed)
         if len(wrong):
             i = int(wrong[np.argmax(difference[wrong])])
             raise ValueError(
-                f"The exported file is not the detector: check[{i}] has {name} {found[i]:.9g} in {runtime} and "
+                f"The exported file is not the detector: check[{i}] has {name} {actual[i]:.9g} in {runtime} and "
                 f"{expected[i]:.9g} in the detector, which is off by {difference[i]:.3g}; allowed: {allowed[i]:.3g}. "
-                f"So it is with {len(wrong)} of {len(scores)}. Nothing was written. Try other versions of torch, onnx "
-                f"and onnxscript, or keep the detector with save()."
+                f"{len(wrong)} of {len(scores)} differ. Nothing was written. Try other versions of torch, onnx "
+                "and onnxscript, or keep the detector with save()."
             )
 
 
 def _batches(model: DfkdeModel, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
-    """Yield what an exported file is given for X, a few rows at a time."""
+    """Yield the inputs of an exported file for X, in batches."""
     if model.feature_extractor is None:
         yield from torch.from_numpy(np.array(X)).to(model.density.kernel_centers.dtype).split(_CHECKED_ROWS)
         return
     extractor: Any = model.feature_extractor.extractor
 
     def pixels(picture: Image.Image) -> Tensor:
-        if (picture.height, picture.width) != image_shape:
+        if (picture.height, picture.width) != tuple(image_shape or ()):
             raise ValueError(f"the exported file takes images of image_shape={image_shape} only")
         return torch.from_numpy(np.array(picture))
 

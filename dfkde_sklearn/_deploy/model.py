@@ -1,7 +1,7 @@
 """DfkdeModel: the method as a torch module, with the signature and the methods of the model first published.
 
-The module computes what the detector computes, by the same functions. What it learns lies in the buffers of
-`DensityBuffers`, which is also what a saved detector consists of.
+The module computes the same as the detector, by the same functions. Its fitted state is in the buffers of
+`DensityBuffers`, which are also the content of a saved detector.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SEED = 0
 
 
 class DfkdeModel(nn.Module):
-    """Deep feature kernel density estimation as a torch module: the model of anomalib [1]_, its defects mended.
+    """Deep feature kernel density estimation as a torch module: the model of anomalib [1]_, with its bugs fixed.
 
-    Code that was written for the original runs with only the import changed. What is better: layers are concatenated
-    for each image, densities are computed in log space, nothing that is handed in is written to, rows are scored
-    together, and the subset of `filter_count` is the same each time.
+    Code that was written for the original runs with only the import changed. Fixed are these: layers are concatenated
+    image by image, densities are computed in log space, inputs are not modified, rows are scored in batches, and the
+    subset of `filter_count` is the same each time.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class DfkdeModel(nn.Module):
         An empty list takes the pooled embedding.
     backbone : str, torch.nn.Module or None
         The network: a name that ``timm.create_model`` takes, or a module, which is copied. With None, the
-        images are taken for feature rows already.
+        model takes feature rows.
     pre_trained : bool, default=True
         Whether a named backbone gets its pretrained weights, downloaded at the first use.
     n_comps : int or float, default=16
@@ -62,7 +62,7 @@ class DfkdeModel(nn.Module):
     feature_extractor : torch.nn.Module or None
         Images to feature rows; the network is its submodule `network`.
     density : torch.nn.Module
-        All that is learnt, in buffers: of float64, also when the model is cast to another type.
+        The fitted state, in buffers. Casting the model does not change their dtypes.
     n_components : int or float
         `n_comps`.
     filter_count : int or None
@@ -108,9 +108,9 @@ class DfkdeModel(nn.Module):
         super().__init__()
         if pre_processing not in SCALINGS:
             raise ValueError(f"pre_processing={pre_processing!r}. Allowed: 'scale', 'norm', or None for neither.")
-        is_share = isinstance(n_comps, float) and 0 < n_comps < 1
-        if not is_share and not (isinstance(n_comps, int) and n_comps >= 1):
-            raise ValueError(f"n_comps={n_comps!r}. Allowed: a whole number from 1, or a share of variance in (0, 1).")
+        is_share = isinstance(n_comps, float | np.floating) and 0 < n_comps < 1
+        if not is_share and not (isinstance(n_comps, int | np.integer) and n_comps >= 1):
+            raise ValueError(f"n_comps={n_comps!r}. Allowed: an integer from 1, or a share of variance in (0, 1).")
         if filter_count and filter_count < 2:
             raise ValueError(f"filter_count={filter_count}. Allowed: 2 or more rows; 0 or None for all.")
         self.n_components = n_comps
@@ -121,7 +121,7 @@ class DfkdeModel(nn.Module):
             extractor = TimmFeatures(
                 backbone, layers=list(layers) or None, pretrained=pre_trained, device="cpu", random_state=_SEED
             )
-            # Nothing is learnt from the image, but formats of layers are found out.
+            # The image only shows the formats of the layers.
             self.feature_extractor = extractor.fit(np.zeros((1, 8, 8, 3), np.uint8)).as_module()
 
     @classmethod
@@ -140,7 +140,7 @@ class DfkdeModel(nn.Module):
         ----------
         weights : str, PathLike or dict
             A checkpoint of anomalib's DFKDE, or its state dict, with any prefix of names. No code in the
-            file is run.
+            file runs.
         layers : list of str
             The layers that the model was trained with.
         backbone : str, torch.nn.Module or None, default=None
@@ -279,12 +279,12 @@ class DfkdeModel(nn.Module):
         Parameters
         ----------
         embeddings : list of Tensor of shape (n, n_features)
-            Rows from `get_features`, batch by batch; one tensor of all will do.
+            Rows from `get_features`, batch by batch; or one tensor of all rows.
 
         Returns
         -------
         bool
-            True when trained; False when there are fewer rows than components, and the model is as it was.
+            True after a fit; False if there are fewer rows than components, which leaves the model unchanged.
 
         Raises
         ------
@@ -310,7 +310,7 @@ class DfkdeModel(nn.Module):
         features : Tensor of shape (n, n_features)
             Rows from `get_features`. They are not written to.
         as_log_likelihood : bool, default=False
-            Whether to return the natural log. The density itself underflows where the log is far below -100.
+            Whether to return the natural log. The density itself underflows below a log of about -100 in float32.
 
         Returns
         -------
@@ -322,8 +322,7 @@ class DfkdeModel(nn.Module):
         ValueError
             If the model is not fitted, or was fitted on another number of features.
         """
-        if not self.density.is_fitted:
-            raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
+        self.density.check_fitted()
         n_features = len(self.density.mean)
         if features.ndim != 2 or features.shape[1] != n_features:
             raise ValueError(
@@ -385,7 +384,7 @@ def fitted_model(
     n_comps: int | float,
     filter_count: int | None,
 ) -> DfkdeModel:
-    """Return a model that takes over these parts; `n_comps` and `filter_count` are for a later `fit`."""
+    """Return a model with these parts, not copied; `n_comps` and `filter_count` are for a later `fit`."""
     model = DfkdeModel([], None, n_comps=n_comps, pre_processing=density.scaling, filter_count=filter_count)
     model.density = density
     model.feature_extractor = feature_extractor

@@ -1,4 +1,4 @@
-"""What timm does to images before a network, as a module of tensor operations that can be exported."""
+"""timm's preprocessing of images as a module of tensor operations, which can be exported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkde_sklearn._features.network import TimmFeatures, timm_transform
 
 _OUTSIDE = "Leave image_shape out, and preprocess with read_images of the to_torch module."
-# One in Pillow's weights, which are integers of 22 binary places.
+# The number that represents 1 in Pillow's weights, which are integers.
 _UNIT = 2**22
 
 

@@ -2,7 +2,7 @@
 
 The tensors are the buffers of `DensityBuffers`. The header's metadata has one entry, a JSON document: format version,
 parameters, versions of libraries, the feature extractor with its backbone's tag, hash and preprocessing, and the
-SHA-256 of the whole file, taken with zeros in the place of its digits.
+SHA-256 of the file, computed with zeros in place of its digits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor, nn
 
+from dfkde_sklearn import __version__
 from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._document import as_json, checked_parameters, from_json, is_integer_from, is_list_of, is_text
 from dfkde_sklearn._features.extractor import FeatureExtractor
@@ -36,12 +37,12 @@ _DIGITS = "0" * 64
 # The feature extractors that a file may name.
 _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind in (TimmFeatures, ScatteringFeatures)}
 
-# Parameters that are the affair of the machine, or kept elsewhere in the file.
+# Parameters that depend on the machine, or have another place in the file.
 _NOT_KEPT = ("features", "device")
 
 
 class Saved(NamedTuple):
-    """All that a file holds of a fitted detector.
+    """The content of a file: a fitted detector.
 
     parameters : dict, of the constructor, without `features`.
     features : the parameter: "auto", None, or a feature extractor like the fitted one.
@@ -61,8 +62,14 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
     """Write a fitted detector of a class named `owner` to `path`; see `DFKDEDetector.save`."""
     import timm
 
-    from dfkde_sklearn import __version__
-
+    # What `load` would refuse.
+    if saved.parameters["scaling"] != saved.buffers.scaling:
+        raise ValueError(
+            f"scaling={saved.parameters['scaling']!r} was set after a fit with {saved.buffers.scaling!r}. "
+            "Fit again, or set it back."
+        )
+    if saved.features is None and saved.extractor is not None:
+        raise ValueError("features=None was set after a fit with a feature extractor. Fit again, or set it back.")
     kept = {name: value for name, value in saved.parameters.items() if name not in _NOT_KEPT}
     header = {
         "format": FORMAT,
@@ -130,7 +137,7 @@ def load(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON document and the tensors of a file, whole and of a version that is known."""
+    """Return the JSON document and the tensors of a file, after checks of its version and its SHA-256."""
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)

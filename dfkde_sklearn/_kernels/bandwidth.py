@@ -25,10 +25,10 @@ def silverman_bandwidth(n: int, d: int) -> float:
 def leave_one_out_bandwidth(support: Tensor, *, working_memory: int = WORKING_MEMORY) -> float:
     """Return the bandwidth of highest mean leave-one-out log density, by likelihood cross-validation.
 
-    A grid of 16 bandwidths, from a sixteenth of Scott's to four times Scott's, finds the hill. For that, some 512 rows
-    of many are held out and scored under the others. Parabolas through leave-one-out passes over all rows, four of them
-    as a rule, then find its top to about 0.1 %. Where all rows are duplicated the likelihood grows without bound as the
-    bandwidth goes to zero, each row being a perfect prediction of its twin: the answer is a sixteenth of Scott's.
+    First the best of 16 bandwidths, from a sixteenth of Scott's to four times Scott's, is chosen; from 2048 rows on, by
+    about 512 held-out rows that are scored under the others. Parabolas through leave-one-out passes over all rows,
+    usually four of them, then give the maximum to about 0.1 %. If every row has a duplicate, the likelihood grows
+    without bound as the bandwidth goes to zero, and the result is a sixteenth of Scott's.
 
     Parameters
     ----------

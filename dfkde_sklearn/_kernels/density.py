@@ -28,11 +28,11 @@ _P = ParamSpec("_P")
 
 
 def _in_available_memory(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
-    """Call the function with half its `working_memory`, and half of that, as long as the device has too little."""
+    """Call the function again with half the `working_memory`, as often as the device runs out of memory."""
 
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        asked = memory = cast(int, kwargs.get("working_memory", WORKING_MEMORY))
+        first = memory = cast(int, kwargs.get("working_memory", WORKING_MEMORY))
         while True:
             kwargs["working_memory"] = memory
             try:
@@ -43,10 +43,10 @@ def _in_available_memory(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]
                     shapes = " and ".join(str(tuple(x.shape)) for x in tensors)
                     raise torch.OutOfMemoryError(
                         f"{tensors[0].device} has no memory for the densities of rows of shape {shapes}. Tiles of "
-                        f"{asked} bytes, and smaller ones down to {memory} bytes, were tried, beside a copy of the "
+                        f"{first} bytes, and smaller ones down to {memory} bytes, were tried, beside a copy of the "
                         "rows. Free memory there, use device='cpu', or fit fewer rows (max_samples)."
                     ) from error
-            # Only here, as the error holds on to all that was allocated.
+            # Outside the handler, where the error still holds all that was allocated.
             memory //= 2
 
     return wrapper
@@ -84,11 +84,11 @@ def log_density(queries: Tensor, support: Tensor, bandwidth: float, *, working_m
     """
     run = running(queries.device, len(queries) * len(support))
     log_normaliser = _log_normaliser(len(support), support.shape[1], bandwidth)
-    # At once, as to find and fill what is left, below, wakes torch's threads, which may take milliseconds.
+    # Without the masks below, for which torch wakes its threads, which may take milliseconds.
     if _is_cheaper_directly(len(queries), support):
         return (direct_log_sums(run, queries, support, bandwidth, working_memory) - log_normaliser).to(queries.dtype)
     out = torch.full((len(queries),), torch.nan, dtype=torch.float64, device=queries.device)
-    # Each of three ways leaves NaN where it is not exact enough. The later ones are slower.
+    # Each of three methods leaves NaN where it is not exact enough. The later ones are slower.
     if _computing_dtype(queries) == torch.float32:
         factor = kernel_factor(run, support, bandwidth, torch.float32)
         near = is_in_range(run, queries, factor).nonzero()[:, 0]
@@ -150,7 +150,7 @@ def _log_normaliser(n: int, d: int, bandwidth: float) -> float:
 
 
 def _is_cheaper_directly(m: int, support: Tensor) -> bool:
-    """Return whether differences of `m` queries and all rows cost less than a copy of the rows and their products."""
+    """Return whether differences of `m` queries and all rows take less time than products with a copy."""
     n, d = support.shape
     return support.is_cpu and (m <= 8 or m * n * (d + 16) < 2**22)
 

@@ -1,4 +1,4 @@
-"""Writes a function of vectors in LLVM's intermediate representation, and has LLVM make machine code of it.
+"""A function of vectors in LLVM's intermediate representation, and its machine code by LLVM.
 
 `Writer` adds loops and vectors of one width to llvmlite's `ir.IRBuilder`. Its methods have LLVM's names for what they
 write. It knows nothing of kernels.
@@ -36,7 +36,7 @@ def cpu_features() -> dict[str, bool]:
     """Return LLVM's names of instruction sets, and whether this processor has them."""
     try:
         return dict(llvm.get_host_cpu_features())
-    except RuntimeError:  # raised for processors of which it knows none
+    except RuntimeError:  # raised for processors whose features it cannot read
         return {}
 
 
@@ -69,7 +69,7 @@ class Writer:
     lanes : int
         Numbers of a vector.
     n_integers, n_pointers : int
-        Arguments of the function, in this order: `arguments`. What one pointer reaches, no other does.
+        Arguments of the function, in this order: `arguments`. No two pointers may address the same memory.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, lanes: int, n_integers: int, n_pointers: int) -> None:
@@ -93,7 +93,7 @@ class Writer:
         self.add, self.sub, self.mul, self.fadd, self.fsub = b.add, b.sub, b.mul, b.fadd, b.fsub
 
     def assembly(self) -> str:
-        """Return from the function, and return all that was written."""
+        """End the function, and return its assembly."""
         self.builder.ret_void()
         return str(self._module)
 
@@ -124,7 +124,7 @@ class Writer:
         return self.builder.gep(pointer, [index], source_etype=kind or self.scalar)
 
     def alloca(self, n: int = 1) -> ir.Value:
-        """Return the address of vectors of the function's own: of one, LLVM makes a register."""
+        """Return the address of `n` local vectors; LLVM keeps a single one in a register."""
         with self.builder.goto_entry_block():
             return self.builder.alloca(self.vector, n)
 
@@ -164,7 +164,7 @@ class Writer:
 
     @contextmanager
     def loop(self, start: ir.Value, stop: ir.Value, step: int) -> Iterator[ir.Value]:
-        """Write what is written within for each integer of ``range(start, stop, step)``."""
+        """Repeat the instructions written within, for each integer of ``range(start, stop, step)``."""
         b = self.builder
         with b.goto_entry_block():
             counter = b.alloca(_index)

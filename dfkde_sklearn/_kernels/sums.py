@@ -2,9 +2,9 @@
 
 In the unit ``z = (x - centre) * sqrt(log2 e) / bandwidth`` the kernel of the row k at the query q is
 ``2 ** -(|q - k|^2 / 2)``. Its exponent is one inner product, ``[1, q, -shift] . [-|k|^2 / 2, k, 1]``, plus a number
-that depends on the query alone, ``shift - |q|^2 / 2``. So a sum of kernels is a row sum of ``exp2(q @ rows.T)``. That
-is all that takes time, and the one thing that a backend computes: see `Exp2Sums`. There are three backends: `sums_llvm`
-on CPUs, `sums_triton` on GPUs, and `sums_torch` where neither is available.
+that depends on the query alone, ``shift - |q|^2 / 2``. So a sum of kernels is a row sum of ``exp2(q @ rows.T)``. These
+row sums take nearly all the time. They are what a backend computes: see `Exp2Sums`. There are three backends:
+`sums_llvm` on CPUs, `sums_triton` on GPUs, and `sums_torch` where neither is available.
 
 The shift keeps the sums within the range of floating point. Where it fails to, or where an exponent would lose digits,
 a log sum is NaN, and `direct_log_sums` computes it from differences instead of products.
@@ -21,9 +21,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dfkde_sklearn._kernels import sums_torch
 from dfkde_sklearn._threads import Run, product, run_in_turn, run_on_single_cores
 
-# Queries of a block on a CPU: a number of full panels of `sums_llvm`, whatever the width of vectors; and elsewhere.
+# Queries of a block on a CPU, a multiple of the panels of `sums_llvm` for vectors of any width; and elsewhere.
 _CPU_QUERIES, _GPU_QUERIES = 1152, 2**16
 # Rows of a block of leave-one-out. The pairs within a block are computed as one matrix.
 _LEAVE_ONE_OUT_ROWS = 512
@@ -36,7 +37,7 @@ _MAX_FLOAT32_HALF_NORM = 64 * math.log2(math.e)
 
 
 class Exp2Sums(Protocol):
-    """What a backend computes: the function `exp2_sums` of its file."""
+    """The contract of a backend: the function `exp2_sums` of its file."""
 
     def __call__(self, q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
         """Return ``(q @ rows.T).exp2().sum(1)`` in float64.
@@ -54,7 +55,7 @@ class Exp2Sums(Protocol):
         -------
         Tensor of shape (m,)
             Products and powers are computed in the type of the factors, and never in a type with fewer digits.
-            A power below the range of the type counts as nothing, or as its smallest normal number. No sum depends on
+            A power below the range of the type counts as zero, or as its smallest normal number. No sum depends on
             other queries by more than rounding.
         """
 
@@ -62,8 +63,6 @@ class Exp2Sums(Protocol):
 @cache
 def backend(device: torch.device, dtype: torch.dtype) -> Exp2Sums:
     """Return the fastest backend that works for factors of this type on this device."""
-    from dfkde_sklearn._kernels import sums_torch
-
     by_triton = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if not by_triton and device.type != "cpu":
         return sums_torch.exp2_sums
@@ -80,7 +79,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> Exp2Sums:
         exp2_sums(one_row, one_row)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: a missing compiler, an unknown processor, memory that may not be run
+    except Exception as error:  # a missing compiler, an unknown processor, memory that may not be executed, ...
         warnings.warn(
             f"{'Triton' if by_triton else 'LLVM'} cannot build the code for densities in {dtype} on {device}: "
             f"{error.__cause__ or error}. PyTorch computes the same more slowly.",
@@ -122,8 +121,8 @@ class KernelFactor(NamedTuple):
 def kernel_factor(run: Run, support: Tensor, bandwidth: float, dtype: torch.dtype) -> KernelFactor:
     """Return the factor of the kernels at the support rows (n, d)."""
     n, d = support.shape
-    # Distances are the same about any centre. One amid the rows keeps norms, and so rounding, small; the median stays
-    # there whatever a few rows do.
+    # Distances are the same about any centre. One among the rows keeps norms, and so rounding, small; outliers do not
+    # move the median far.
     centre = _sample(support, _SAMPLE_ROWS).double().median(0).values
     factor = KernelFactor(support.new_empty(n, d + 2, dtype=dtype), centre, _scale(bandwidth))
 
@@ -154,7 +153,7 @@ def log_sums(run: Run, queries: Tensor, index: Tensor, factor: KernelFactor, wor
     exp2_sums, size = backend(rows.device, rows.dtype), _block_size(rows, working_memory)
     n_chunks = 1
     if rows.is_cpu:
-        # Few queries against many rows are divided by rows as well, alike for any number of threads.
+        # Few queries against many rows are divided by rows as well, in the same way for any number of threads.
         n_chunks = max(1, min(64 * size // max(1, m), min(size, m) * len(rows) // _CHUNK_PAIRS))
     chunks = rows.split(-(-len(rows) // n_chunks))
     sample = _sample(rows, max(1, min(_SAMPLE_ROWS, len(rows) // 32)))  # a small part of the work
@@ -190,8 +189,8 @@ def log_sums(run: Run, queries: Tensor, index: Tensor, factor: KernelFactor, wor
 def leave_one_out_log_sums(run: Run, factor: KernelFactor, working_memory: int) -> Tensor:
     """Return the log of the sum of all kernels but its own at each row; NaN where that is not exact enough.
 
-    A power serves both of its rows: a block meets itself and the rows after it, whose sums a backend adds up as well.
-    That takes half the time of all pairs, measured from 2000 to 40 000 rows.
+    Each power is computed once for both of its rows: a block is paired with itself and the rows after it, whose sums a
+    backend adds up as well. That takes half the time of all pairs, measured from 2000 to 40 000 rows.
     """
     rows, n = factor.rows, len(factor.rows)
     exp2_sums, size = backend(rows.device, rows.dtype), min(_LEAVE_ONE_OUT_ROWS, _block_size(rows, working_memory))
@@ -259,7 +258,7 @@ def direct_log_sums(
 
 
 def _is_exact(factor: KernelFactor, log2_sum: Tensor, half_norms: Tensor) -> Tensor:
-    # An exponent is a difference of numbers as large as |q|^2 / 2: what cancels must not matter in the result.
+    # An exponent is a difference of numbers as large as |q|^2 / 2: their rounding must be small against the result.
     cancelled = half_norms * 2.0**-50
     return (half_norms <= factor.max_half_norm) & (cancelled <= 2e-11 * log2_sum.abs().clamp_min(1))
 
@@ -269,7 +268,7 @@ def _of_thread(x: Tensor, working_memory: int) -> int:
 
 
 def _block_size(rows: Tensor, working_memory: int) -> int:
-    """Return how many queries to give to a backend at a time."""
+    """Return the number of queries to give to a backend at a time."""
     # A query takes a row of a tile, or its exponents at the sample, and some copies of itself.
     size = _of_thread(rows, working_memory) // (8 * (_LEAVE_ONE_OUT_ROWS + 4 * rows.shape[1]))
     return max(1, min(size, _CPU_QUERIES if rows.is_cpu else _GPU_QUERIES))

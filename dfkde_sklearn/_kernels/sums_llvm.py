@@ -1,10 +1,10 @@
-"""The sums of kernels in one loop of machine code on a CPU: no exponent reaches memory.
+"""The sums of kernels in one loop of machine code on a CPU, which keeps exponents in registers.
 
-A matrix product writes each exponent to memory, from where exp2 reads it, and writes, and a sum reads it again. Here a
-few rows meet a panel of queries at a time, as many as fill the processor's registers with their exponents, and these
-turn into powers and sums where they are: see `source`. That takes about half as long. LLVM, which comes with llvmlite,
-makes the code for the processor at hand, in some tenths of a second at the first use in a process; no compiler has to
-be installed. The speed page of the documentation says what else was tried, numba among it.
+By PyTorch, a matrix product writes each exponent to memory, exp2 reads it and writes the power, and a sum reads that.
+Here the exponents of a few rows and a panel of queries fill the processor's registers, and become powers and sums
+there: see `source`. That takes about half as long. LLVM, which comes with llvmlite, compiles the code for this
+processor, in some tenths of a second at the first use in a process; no compiler has to be installed. The speed page of
+the documentation lists the alternatives that were tried, among them numba.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from dfkde_sklearn._kernels.llvm_writer import Compiled, Writer, compiled, cpu_features, double
 
 # 2 ** x, |x| <= 1/2, as a polynomial: interpolated at Chebyshev nodes, one of them 0, so that powers of integers
-# are exact. It errs by 3e-16 and 2e-8 of the power at most.
+# are exact. Its largest relative errors are 3e-16 and 2e-8.
 _POWER = {
     torch.float64: (
         1.0,
@@ -40,17 +40,17 @@ _POWER = {
     ),
     torch.float32: (1.0, 0.6931472, 0.2402265, 0.05550327, 0.009618057, 0.0013400428, 0.00015461445),
 }
-# Few enough for the registers, and enough that what is loaded of the queries serves more than once.
+# Few enough for the registers, and enough to use each loaded query several times.
 _UNROLLED_ROWS = 4
-# Rows that a panel meets before the next panel does: few enough for the innermost cache. Their sum is of the type of
-# the factors, and the sums over tiles are float64.
+# Rows that all panels are paired with before the next rows: few enough for the innermost cache. Sums within a tile
+# have the type of the factors, and sums over tiles are float64.
 _TILE_ROWS = 64
-# The negative shift of a place in a panel without a query: its powers are nothing.
+# The negative shift of a place in a panel without a query: its powers are negligible, and its sum is dropped.
 _NO_QUERY = -1e30
 
 _compiling = threading.Lock()  # LLVM compiles one function at a time
 if hasattr(os, "register_at_fork"):
-    # A process forked while LLVM works in another thread would wait for that thread's locks for ever.
+    # A process forked while LLVM works in another thread would wait for that thread's locks without end.
     os.register_at_fork(
         before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
     )
@@ -63,7 +63,7 @@ def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
     depends on other queries, not even by rounding.
     """
     (m, width), n = q.shape, len(rows)
-    # What follows reads and writes memory by address.
+    # The machine code reads and writes memory by address, without checks.
     assert (rows.dtype, rows.shape[1], rows.is_contiguous(), rows.is_cpu) == (q.dtype, width, True, True)
     if of_rows is not None:
         assert (of_rows.dtype, of_rows.shape, of_rows.is_contiguous()) == (torch.float64, (n,), True)
@@ -112,7 +112,7 @@ def source(dtype: torch.dtype, lanes: int, vectors: int, sums_rows: bool) -> str
 
     1. the exponents are the inner products, in registers, a vector of queries and one row each;
     2. with the shifts of the queries added, they become powers;
-    3. these are added to the sums of the queries, and of the rows where they are asked for.
+    3. these are added to the sums of the queries, and, if `sums_rows`, of the rows.
     """
     w = Writer("exp2_sums", dtype, lanes, n_integers=3, n_pointers=3 + sums_rows)
     n_panels, n, d, panels, rows, sums, *sums_of_rows = w.arguments
@@ -137,7 +137,7 @@ def source(dtype: torch.dtype, lanes: int, vectors: int, sums_rows: bool) -> str
                 for exponent, of_queries in zip(of_row, queries, strict=True):
                     w.store(w.fmuladd(coordinate, of_queries, w.load(exponent)), exponent)
         shifts = w.load_vectors(w.gep(panel, w.mul(d, panel_size)), vectors)
-        # Two rows at a time: enough powers under way that none waits for another, and few enough for the registers.
+        # Two rows at a time: enough powers to keep the processor busy, and few enough for the registers.
         for first in range(0, n_rows, 2):
             pair = exponents[first : first + 2]
             shifted = [w.fadd(w.load(x), shift) for of_row in pair for x, shift in zip(of_row, shifts, strict=True)]
@@ -176,7 +176,7 @@ def source(dtype: torch.dtype, lanes: int, vectors: int, sums_rows: bool) -> str
 
 
 def _exp2(w: Writer, dtype: torch.dtype, exponents: list[ir.Value]) -> list[ir.Value]:
-    """Return 2 to the power of each vector: each step for all of them, so that none waits for its last step.
+    """Return 2 to the power of each vector: each step for all of them, so that no instruction waits for the one before.
 
     Of ``2 ** x``, the integer nearest to x goes into the exponent of the binary number, and the remainder, at most 1/2
     in size, into the polynomial.

@@ -1,9 +1,9 @@
 """The sums of kernels by PyTorch, on any device: a product, exp2 in place and a sum for each tile of the matrix.
 
-It stands in where there is no code for the device (`sums_llvm`, `sums_triton`). Two choices are worth several times the
-speed, and are easily undone. ``exp2`` is vectorised in torch itself, where ``exp`` calls a library that is slow on some
-processors and, 20 to 100 times, where its result underflows. And a tile stays in the cache of a core, in memory that is
-used again: the system clears new memory page by page.
+It is used if there is no code for the device (`sums_llvm`, `sums_triton`). Two choices make it several times faster.
+``exp2`` is vectorised in torch itself; ``exp`` calls a library that is slow on some processors, and 20 to 100 times
+slower if its result underflows. And a tile stays in the cache of a core, in memory that is used again: the system
+clears new memory page by page.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The sums of kernels in one Triton kernel: on a GPU no tile of exponents reaches memory.
+"""The sums of kernels in one Triton kernel, which keeps tiles of exponents in a GPU's registers.
 
-Triton comes with torch for CUDA, and only there this file can be imported. With TRITON_INTERPRET=1 in the environment
-Triton's interpreter runs the same code on the CPU, slowly; so it is tested.
+Triton comes with torch for CUDA; without it this file cannot be imported. With TRITON_INTERPRET=1 in the environment
+Triton's interpreter runs the same code on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dfkde_sklearn._threads import Lock
 # that is 27 instructions a pair in float32 and 52 in float64, of which the product takes 16 and 2.
 _TILES = {torch.float32: (128, 64, 8), torch.float64: (64, 64, 4)}
 _DIMENSIONS = 16  # of a step of the product
-# Few queries are divided among programs by rows too, alike on any GPU.
+# With few queries, the rows are divided among programs too, in the same way on any GPU.
 _PROGRAMS = 2048
 
 _interpreting = Lock()  # the interpreter takes one kernel at a time
@@ -29,7 +29,7 @@ def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
     if m == 0 or n == 0:
         return torch.zeros(m, dtype=torch.float64, device=q.device)
     if of_rows is not None:
-        # The powers are computed again: programs that add to the same sums would round them in no certain order.
+        # The powers are computed again: programs that add to the same sums would do so in any order.
         of_rows += exp2_sums(_exchanged(rows), _exchanged(q))
     tile_queries, tile_rows, warps = _TILES[q.dtype]
     blocks, tiles = triton.cdiv(m, tile_queries), triton.cdiv(n, tile_rows)
@@ -55,7 +55,7 @@ def exp2_sums(q: Tensor, rows: Tensor, of_rows: Tensor | None = None) -> Tensor:
 
 
 def _exchanged(factor: Tensor) -> Tensor:
-    """Return the left-hand factor as a right-hand one, or the other way round: the first and last column exchanged."""
+    """Return a left-hand factor as a right-hand one, or the reverse: the first and last column are exchanged."""
     return torch.cat([factor[:, -1:], factor[:, 1:-1], factor[:, :1]], dim=1)
 
 

@@ -285,6 +285,7 @@ def test_images_of_another_size_than_the_file_takes_are_named(tmp_path, detector
     with pytest.raises(ValueError, match=r"images\[2\].*takes images of image_shape=\(70, 60\) only"):
         detector.to_pt2(tmp_path / "model", image_shape=(70, 60), check=images)
     assert list(tmp_path.iterdir()) == []
+    detector.to_pt2(tmp_path / "model", image_shape=[70, 60], check=pictures(2))
 
 
 def test_the_check_needs_onnxruntime_and_says_so_before_the_export(tmp_path, monkeypatch):

@@ -242,6 +242,8 @@ def test_a_state_dict_that_does_not_fit_together_is_refused_and_changes_nothing(
         with pytest.raises(RuntimeError, match=name):
             model.density.load_state_dict({key: value for key, value in state.items() if key != name})
     assert torch.equal(model(images(3)), fitted(images(3)))
+    with pytest.raises(RuntimeError, match=r"scaling_code has dtype torch\.float64; allowed: torch\.int64"):
+        model.density.load_state_dict(state | {"scaling_code": torch.tensor(1.0, dtype=torch.float64)})
 
 
 def test_pickles_and_copies_score_the_same(fitted):
@@ -363,6 +365,23 @@ def test_changed_weights_go_into_the_detector(fitted):
     assert isinstance(detector.features_.backbone, nn.Module)
     batch = pictures(3)
     np.testing.assert_allclose(detector.predict_proba(batch)[:, 0], model(model.read_images(batch)), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_components", [np.int64(3), np.float32(0.5)])
+def test_numpy_numbers_of_components_go_into_the_module(n_components):
+    X = rows(60)
+    model = DFKDEDetector.original(n_components=n_components).fit(X).to_torch()
+    assert model.n_components == n_components
+    assert model.fit([torch.from_numpy(X)])
+
+
+def test_a_parameter_of_the_features_that_is_set_does_not_change_a_detector_from_a_module():
+    extractor = ScatteringFeatures(scales=2, orientations=4, image_size=32)
+    model = DFKDEDetector.original(extractor, n_components=3).fit(pictures(12)).to_torch()
+    detector = DFKDEDetector.from_torch(model)
+    expected = detector.score_samples(pictures(3, 1))
+    detector.set_params(features__orientations=6)
+    np.testing.assert_array_equal(detector.score_samples(pictures(3, 1)), expected)
 
 
 def test_what_cannot_be_taken_is_refused():
@@ -513,6 +532,11 @@ def test_weights_that_are_not_of_a_fitted_dfkde_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             DfkdeModel.from_anomalib(wrong)
+    path = tmp_path / "other.pt"
+    for other in ([1, 2], torch.ones(3), {0: torch.ones(3)}):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=r"not that of one DFKDE.*its names are none"):
+            DfkdeModel.from_anomalib(path)
     path = tmp_path / "broken.ckpt"
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"cannot be read|would run code"):

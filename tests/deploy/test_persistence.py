@@ -584,6 +584,15 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("parameters", [{"scaling": "norm"}, {"features": None}, {"bandwidth": -1}])
+def test_parameters_that_contradict_the_fit_are_refused_before_a_file_is_written(parameters, tmp_path):
+    extractor = ScatteringFeatures(scales=2, orientations=4, image_size=32)
+    detector = DFKDEDetector.original(extractor, n_components=3).fit(pictures(10))
+    with pytest.raises(ValueError, match=next(iter(parameters))):
+        detector.set_params(**parameters).save(tmp_path / "d")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- pickles
 
 
