@@ -126,7 +126,7 @@ def test_names_of_columns_are_kept(tmp_path):
         lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32, white_level=4095),
     ],
 )
-def test_the_feature_stage_is_kept(extractor, tmp_path):
+def test_the_feature_extractor_is_kept(extractor, tmp_path):
     detector = DFKDEDetector.original(extractor(), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     backbones._loaded.clear()
