@@ -104,6 +104,8 @@ def load(
 ) -> Saved:
     """Return what the file at `path` holds, checked, of a detector of class `kind`; see `DFKDEDetector.load`."""
     header, tensors = _read(Path(path))
+    if header.get("extractor", ...) is None and (backbone is not None or weights is not None):
+        raise ValueError(f"{str(path)!r} has no feature extractor: load it without backbone= and weights=.")
     try:
         extractor = None
         if header["extractor"] is not None:
@@ -111,8 +113,6 @@ def load(
             extractor = kind_of_extractor.from_document(
                 header["extractor"], backbone=backbone, weights=weights, device=device
             )
-        elif backbone is not None or weights is not None:
-            raise ValueError(f"{str(path)!r} has no feature extractor: load it without backbone= and weights=.")
         known = {"auto": "auto", None: None, "extractor": clone(extractor) if extractor else None}
         features = known[header["features"]]
         parameters = checked_parameters(header["parameters"], kind, _NOT_KEPT)
