@@ -416,11 +416,11 @@ def dfkde_figures(
 def rival_figures(
     score: Rival,
 ) -> Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]:
-    """Return what gives a rival a threshold as the detector has it, from scores cross-fitted in 20 runs of rows."""
+    """Return a function that gives a rival a threshold as the detector has it, from out-of-fold scores in 20 folds."""
 
     def figures(train: Matrix, normal: Matrix, anomalous: Matrix) -> tuple[Figures, tuple[Scores, Scores]]:
         train, normal, anomalous = (rows.astype(np.float64) for rows in (train, normal, anomalous))
-        runs = np.array_split(np.arange(len(train)), 20)
+        runs = np.array_split(np.arange(len(train)), min(20, len(train)))
         held_out = np.concatenate([score(np.delete(train, run, axis=0), train[run]) for run in runs])
         both = score(train, np.concatenate([normal, anomalous]))
         scores = both[: len(normal)], both[len(normal) :]
