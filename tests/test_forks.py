@@ -91,6 +91,9 @@ def test_processes_forked_while_other_threads_fit_and_score_have_all_they_need()
 def blas():
     return [library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
 
+# What is imported at its first use is imported before the fork: Python leaves the lock of a module that another thread
+# imports locked in the child.
+use(None)
 before, ended = blas(), threading.Event()
 
 def work():
