@@ -1,6 +1,7 @@
 """Micro-batches on a CPU: how many images go through a network at once.
 
     python benchmarks/micro_batches.py
+    python benchmarks/micro_batches.py --quick
 
 Networks with random weights compute the embeddings of the same images in micro-batches of several sizes, in turn. The
 table has the median time per image over the rounds, relative to the size that `TimmFeatures` chooses: wall-clock time
@@ -45,7 +46,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of torch (default: 1 2)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="micro-batch sizes")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timings (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="one small network, one round: shows that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.networks, options.threads, options.sizes, options.rounds = ["test_resnet"], [1], [1, 4], 1
 
     blank = np.zeros((1, 224, 224, 3), np.uint8)
     largest = max(options.sizes)

@@ -143,7 +143,7 @@ class Images(Sequence[Image.Image]):
         brightest, white = max(self._brightest), self.white_level
         if brightest > white:
             warnings.warn(
-                f"The brightest value of the 16-bit images is {brightest}, and all above white_level={white} "
+                f"The brightest value of the 16-bit images is {brightest}, and all values above white_level={white} "
                 f"become white. To distinguish them: white_level={2 ** brightest.bit_length() - 1}.",
                 UserWarning,
                 stacklevel=3,
