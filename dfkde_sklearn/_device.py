@@ -26,7 +26,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    advice = "Use device='cpu', or device=None for the first GPU that there is."
+    advice = "Use device='cpu', or device=None for the first available GPU."
     try:
         result = torch.device(device)
     except (RuntimeError, TypeError) as error:

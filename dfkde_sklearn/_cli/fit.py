@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         default=TimmFeatures().backbone,
         metavar="NAME",
         help="a pretrained backbone of timm, whose weights are downloaded at the first use; or `scattering`: fixed "
-        "filters, which need no download and as a rule detect fewer defects (default: %(default)s)",
+        "filters, which need no download and usually detect fewer defects (default: %(default)s)",
     )
     group.add_argument(
         "--weights",

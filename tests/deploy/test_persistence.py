@@ -334,7 +334,7 @@ def stage_file(path, extractor):
         ("fitted", "seed_", "0", "seed_"),
         ("fitted", "backbone_name_", ["test_resnet"], "backbone_name_"),
         ("fitted", "_rows", "_rows", "not a fitted attribute"),
-        ("parameters", "cache", "/tmp/elsewhere", "cache"),
+        ("parameters", "cache", "elsewhere", "cache"),
         ("parameters", "device", "cuda", "device"),
         ("parameters", "image_size", [], "image_size"),
     ],
