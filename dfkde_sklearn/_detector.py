@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from math import isclose
 from numbers import Integral, Real
 from os import PathLike
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import issparse
-from sklearn import get_config
 from sklearn.base import BaseEstimator, _fit_context, clone
 from sklearn.utils import assert_all_finite, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
@@ -30,14 +27,14 @@ from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
+from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.model import DfkdeModel
 
-# Rows scored at a time, and entries of a table checked at a time, so that their copies take little memory.
+# Rows scored at a time, so that their copies take little memory.
 _ROWS = 2**14
-_ENTRIES = 2**20
 # Share of training rows up to which copies of others are no reason for a warning.
 _FEW_COPIES = 0.02
 # Parts of the density's state that are public attributes; the others are private.
@@ -309,14 +306,14 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         if self.max_samples is not None and len(table) > self.max_samples:
             drawn = np.sort(check_random_state(self.random_state).choice(len(table), self.max_samples, replace=False))
         training = fit(
-            _tensor(_floats(table if len(drawn) == len(table) else table[drawn]), self._density_device()),
+            tensor(floats(table if len(drawn) == len(table) else table[drawn]), self._density_device()),
             self.n_components,
             Settings(
                 self.scaling,
                 self.bandwidth,
                 self.residual,
                 0.0 if self.contamination == "auto" else float(self.contamination),
-                _working_memory(),
+                working_memory(),
             ),
             groups[drawn],
         )
@@ -647,7 +644,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         """Return the density that `_keep` stored, on the device, for rows of `dtype`."""
         kept = {name: getattr(self, _attribute(name)) for name, _ in STATE}
         state = {
-            name: _tensor(value, device) if isinstance(value, np.ndarray) else value for name, value in kept.items()
+            name: tensor(value, device) if isinstance(value, np.ndarray) else value for name, value in kept.items()
         }
         return FeatureDensity.from_state(state, dtype)
 
@@ -700,13 +697,13 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         # In blocks, as rows may have to be converted, copied, and moved to the device.
         for start in range(0, n, _ROWS):
             block = slice(start, start + _ROWS)
-            rows = _tensor(_floats(table[block] if places is None else table[places[block]]), device)
-            parts.append(self._fitted(rows.dtype, device).log_density(rows, _working_memory(), full=full))
+            rows = tensor(floats(table[block] if places is None else table[places[block]]), device)
+            parts.append(self._fitted(rows.dtype, device).log_density(rows, working_memory(), full=full))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
 
     def _fit_features(self, X: Any) -> NDArray[np.number]:
         """Fit the feature extractor and return the feature matrix."""
-        if self.features is None or (isinstance(self.features, str) and _is_matrix(X)):
+        if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
             self.features_ = None
             return self._validated(X, reset=True)
         if isinstance(self.features, str):
@@ -718,7 +715,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         return self._validated(self.features_.fit_transform(X), reset=True)
 
     def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]:
-        if not _is_matrix(X):
+        if not is_matrix(X):
             raise ValueError(
                 f"features={self.features!r} {'takes' if reset else 'was fitted on'} a feature matrix of shape "
                 f"(n_samples, n_features); got images ({type(X).__name__}). Fit on images, with "
@@ -727,7 +724,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         if isinstance(X, Tensor):
             X = X.detach().cpu()
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-        is_kept = isinstance(X, np.ndarray) and _is_of_numbers(X)
+        is_kept = isinstance(X, np.ndarray) and is_of_numbers(X)
         table = validate_data(
             self,
             X,
@@ -737,7 +734,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             ensure_min_samples=2 if reset else 1,
         )
         if is_kept:
-            for block in _blocks(table):
+            for block in blocks(table):
                 assert_all_finite(block, estimator_name=type(self).__name__, input_name="X")
         return table
 
@@ -749,64 +746,3 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 def _attribute(name: str) -> str:
     """Return the name of the attribute that holds a part of the density's state."""
     return f"{name}_" if name in _PUBLIC_STATE else f"_{name}"
-
-
-def _is_matrix(X: Any) -> bool:
-    """Return whether X is a feature matrix and not images; scikit-learn's validation may still refuse it."""
-    if isinstance(X, str | PathLike):
-        return False
-    if isinstance(X, list | tuple):
-        first = X[0] if X else None
-        return not (isinstance(first, str | PathLike) or _depth(first) >= 2)
-    if _depth(X) >= 3:
-        return False
-    if _depth(X) == 1 and hasattr(X, "dtype") and not issparse(X):
-        values = np.asarray(X)
-        return values.dtype.kind in "biufc" or _is_matrix(list(values))
-    return True
-
-
-def _is_of_numbers(table: NDArray[Any]) -> bool:
-    """Return whether an array can stay as it is until blocks of its rows are converted to float64."""
-    return table.dtype.kind in "biuf" and table.dtype.itemsize <= 8 and table.dtype.isnative
-
-
-def _blocks(table: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Return the rows of a table in blocks, so that arrays computed from a block take little memory."""
-    size = max(1, _ENTRIES // max(1, table.shape[1]))
-    return (table[start : start + size] for start in range(0, len(table), size))
-
-
-def _floats(table: NDArray[Any]) -> NDArray[np.floating]:
-    return table if table.dtype in (np.float64, np.float32) else table.astype(np.float64)
-
-
-def _depth(X: Any) -> int:
-    """Return the number of dimensions of an array, or of nested sequences by their first elements."""
-    if hasattr(X, "ndim"):
-        return int(X.ndim)
-    if hasattr(X, "shape"):
-        return len(X.shape)
-    if hasattr(X, "__array_interface__"):  # a PIL image
-        return len(X.__array_interface__["shape"])
-    if isinstance(X, list | tuple) and X:
-        return 1 + _depth(X[0])
-    return 0
-
-
-def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return a tensor that shares the memory of `array` where it can; it is never written to."""
-    # torch refuses steps backwards, and steps of part of a number, as columns of structured arrays have.
-    if any(step < 0 or step % array.itemsize for step in array.strides):
-        array = array.copy()
-    if array.flags.writeable:
-        return torch.from_numpy(array).to(device)
-    with warnings.catch_warnings():
-        # Read-only arrays (memory maps from joblib) are fine: nothing here writes.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array).to(device)
-
-
-def _working_memory() -> int:
-    """Return scikit-learn's bound on temporary memory, in bytes."""
-    return int(get_config()["working_memory"] * 2**20)

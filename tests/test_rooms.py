@@ -18,6 +18,7 @@ ALLOWED = {
     "_device": set(),
     "_files": set(),
     "_document": set(),
+    "_matrices": set(),
     "_images": {"_threads"},
     "_kernels": {"_threads"},
     "_density": {"_kernels", "_threads"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "_calibration": set(),
     "_deploy": {"_density", "_kernels", "_features", "_images", "_device", "_files", "_document"},
     "_classifier": {"_calibration"},
-    "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_images", "_device"},
+    "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_images", "_device", "_matrices"},
     "_report": {"_calibration", "_images", "_files"},
     "datasets": {"_images", "_files"},
 }
