@@ -154,12 +154,12 @@ class Folds:
         ]
 
 
-def fold_places(n: int, groups: Tensor | None = None) -> Sequence[slice | Tensor]:
+def fold_places(n: int, groups: Tensor | None = None, n_folds: int = N_FOLDS) -> Sequence[slice | Tensor]:
     """Return the places of the rows of each of the folds of `n` rows; `groups` is as in `Folds`."""
     if groups is None:
-        return _runs(n)
+        return _runs(n, n_folds)
     numbers, group = groups.unique(return_inverse=True)
-    return [((run.start <= group) & (group < run.stop)).nonzero()[:, 0] for run in _runs(len(numbers))]
+    return [((run.start <= group) & (group < run.stop)).nonzero()[:, 0] for run in _runs(len(numbers), n_folds)]
 
 
 def n_moved(groups: Tensor) -> int:
@@ -184,9 +184,9 @@ def copies(table: NDArray[np.number]) -> Tensor:
     return torch.tensor([first.setdefault(of_row, i) for i, of_row in enumerate(hashes())])
 
 
-def _runs(n: int) -> list[slice]:
-    """Return `N_FOLDS` runs of `n` consecutive places, or `n` runs of one place where that is fewer."""
-    n_runs = min(N_FOLDS, n)
+def _runs(n: int, n_folds: int = N_FOLDS) -> list[slice]:
+    """Return `n_folds` runs of `n` consecutive places, or `n` runs of one place where that is fewer."""
+    n_runs = min(n_folds, n)
     return [slice(*ends) for ends in pairwise(round(i * n / n_runs) for i in range(n_runs + 1))]
 
 

@@ -1,10 +1,10 @@
-"""A fitted density in the buffers of a torch module: the state of a model, and the content of a saved detector."""
+"""Fitted densities in the buffers of torch modules: the state of a model, and the content of a saved detector."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,154 @@ from dfkde_sklearn._density.scoring import (
 )
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
 
-# The axes of every buffer; m are training rows.
-_AXES = dict(STATE) | {"calibration_scores": "m", "steepness": "", "offset": ""}
-_IN_ROW_DTYPE = ("kernel_centers", "calibration_scores")
-# Of a residual term only the first number, the variance, has to be positive.
-_POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
+
+class StateBuffers(nn.Module):
+    """A fitted density in buffers, with its calibration scores and the curve of probabilities.
+
+    The set of buffers is fixed; their sizes become those of the state that is kept or loaded. Casting the modules around
+    them does not change their dtypes, and they stay on the CPU where the others go to a device without float64. Those in
+    `ROW_DTYPE` have the dtype that densities are computed in, those in `INTEGERS` are int64, and all others are float64.
+
+    Parameters
+    ----------
+    steepness, offset : float
+        Of the probability as a function of the log density.
+    """
+
+    # The axes of every buffer.
+    AXES: ClassVar[Mapping[str, str]]
+    ROW_DTYPE: ClassVar[tuple[str, ...]]
+    INTEGERS: ClassVar[tuple[str, ...]] = ()
+    # Of a buffer with several numbers only the first has to be positive.
+    POSITIVE: ClassVar[tuple[str, ...]]
+    MAY_BE_EMPTY: ClassVar[tuple[str, ...]] = ()
+    MAY_BE_NAN: ClassVar[tuple[str, ...]] = ()
+
+    mean: Tensor
+    kernel_centers: Tensor
+    calibration_scores: Tensor
+    steepness: Tensor
+    offset: Tensor
+
+    def __init__(self, steepness: float, offset: float) -> None:
+        super().__init__()
+        for name, axes in self.AXES.items():
+            self.register_buffer(name, torch.full([0] * len(axes), math.nan, dtype=torch.float64))
+        for name in self.INTEGERS:
+            setattr(self, name, torch.tensor(0))
+        self.steepness = torch.tensor(steepness, dtype=torch.float64)
+        self.offset = torch.tensor(offset, dtype=torch.float64)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a density."""
+        return len(self.kernel_centers) > 0
+
+    @property
+    def n_features(self) -> int:
+        """The number of features of a row or of an image."""
+        return self.mean.numel()
+
+    def contradiction(self, parameters: Mapping[str, Any]) -> str | None:
+        """Return in which way parameters of the detector contradict the fitted state; None if they do not."""
+        raise NotImplementedError
+
+    def keep_state(self, state: Mapping[str, Any]) -> None:
+        """Store the parts of a fitted state."""
+        for name, value in state.items():
+            dtype = None if name in self.ROW_DTYPE else self.get_buffer(name).dtype
+            tensor = torch.as_tensor(value, dtype=dtype, device=self.mean.device)
+            setattr(self, name, tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    def p_anomalous(self, log_densities: Tensor) -> Tensor:
+        """Return P(anomalous) for natural logs of densities."""
+        # The difference in float64, then in the dtype of the scores: as the detector does it.
+        excess = (log_densities.to(self.offset) - self.offset).to(log_densities.dtype)
+        return torch.sigmoid(-self.steepness.to(log_densities.dtype) * excess).to(log_densities)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # With fewer digits the density would be noise: only the device changes. Apple's GPUs have no float64.
+        device = fn(torch.empty(0, dtype=torch.float32, device=self.mean.device)).device
+        if device.type == "mps":
+            device = torch.device("cpu")
+        for name in self.AXES:
+            setattr(self, name, self.get_buffer(name).to(device))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in self.AXES if prefix + name in state_dict}
+        missing = [prefix + name for name in self.AXES if name not in given]
+        faults = self._faults(given)
+        missing_keys.extend(missing)
+        error_msgs.extend(f"{prefix}{fault}" for fault in faults)
+        if missing or faults:
+            return
+        for name, value in given.items():
+            # torch copies values into the buffers that are there, and refuses other sizes.
+            setattr(self, name, torch.empty_like(value, device=self.mean.device))
+        super()._load_from_state_dict(
+            dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @classmethod
+    def _faults(cls, given: Mapping[str, Any]) -> list[str]:
+        """Return the reasons why these cannot be the buffers of one density."""
+        faults: list[str] = []
+        lengths: dict[str, int] = {}
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+                faults.append(f"{name} is not a tensor with its values")
+                continue
+            allowed = (torch.float32, torch.float64) if name in cls.ROW_DTYPE else (torch.float64,)
+            allowed = (torch.int64,) if name in cls.INTEGERS else allowed
+            if value.dtype not in allowed:
+                faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}")
+            elif value.ndim != len(cls.AXES[name]):
+                faults.append(f"{name} has shape {tuple(value.shape)}; {len(cls.AXES[name])} axes are needed")
+            else:
+                for axis, length in zip(cls.AXES[name], value.shape, strict=True):
+                    if lengths.setdefault(axis, length) != length:
+                        faults.append(f"{name} has shape {tuple(value.shape)}, which does not fit the other sizes")
+        faults += cls._other_faults(given, lengths) if not faults else []
+        is_fitted = "kernel_centers" in given and not faults and len(given["kernel_centers"]) > 0
+        return faults or [fault for name in given if (fault := cls._value_fault(name, given, is_fitted=is_fitted))]
+
+    @classmethod
+    def _other_faults(cls, given: Mapping[str, Tensor], lengths: Mapping[str, int]) -> list[str]:  # noqa: ARG003
+        """Return what else is wrong; `lengths` are those of the axes."""
+        return []
+
+    @classmethod
+    def _value_fault(cls, name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
+        """Return what is wrong with the values of a buffer; "" if nothing is."""
+        value = given[name]
+        if name in cls.INTEGERS or not (is_fitted or name in ("steepness", "offset")):
+            return ""
+        if not value.numel() and name not in cls.MAY_BE_EMPTY:
+            return f"{name} has shape {tuple(value.shape)}: it is empty"
+        if name == "calibration_scores":
+            # A density may be zero.
+            return f"{name} holds NaN or +inf" if bool((value.isnan() | (value == math.inf)).any()) else ""
+        is_unknown = name in cls.MAY_BE_NAN and bool(value.isnan().all())
+        if not is_unknown and not bool(torch.isfinite(value).all()):
+            return f"{name} holds NaN or infinities"
+        # Smaller numbers count as zero in the threads of the kernels.
+        if name in cls.POSITIVE and value.numel() and not float(value.flatten()[0]) >= torch.finfo(torch.float64).tiny:
+            return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
+        return ""
 
 
-class DensityBuffers(nn.Module):
-    """A fitted `FeatureDensity` in buffers, with its calibration scores and the curve of probabilities.
-
-    The set of buffers is fixed; their sizes become those of the state that is kept or loaded. `kernel_centers` and
-    `calibration_scores` have the dtype that densities are computed in, `scaling_code` is int64, and all others are
-    float64. Casting the modules around them does not change these dtypes, and they stay on the CPU where the others go
-    to a device without float64.
+class DensityBuffers(StateBuffers):
+    """A fitted `FeatureDensity` in buffers.
 
     Parameters
     ----------
@@ -43,7 +177,15 @@ class DensityBuffers(nn.Module):
         Of the probability as a function of the log density.
     """
 
-    mean: Tensor
+    # m are training rows.
+    AXES = dict(STATE) | {"calibration_scores": "m", "steepness": "", "offset": ""}
+    ROW_DTYPE = ("kernel_centers", "calibration_scores")
+    INTEGERS = ("scaling_code",)
+    POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
+    MAY_BE_EMPTY = ("residual", "gaussian_residual")
+    # anomalib's weights lack the singular values of "norm", which no score needs.
+    MAY_BE_NAN = ("singular_values",)
+
     scale: Tensor
     components: Tensor
     singular_values: Tensor
@@ -53,39 +195,28 @@ class DensityBuffers(nn.Module):
     log_volume: Tensor
     log_jacobian: Tensor
     bandwidth: Tensor
-    kernel_centers: Tensor
     residual: Tensor
     gaussian_residual: Tensor
-    calibration_scores: Tensor
-    steepness: Tensor
-    offset: Tensor
 
     def __init__(self, scaling: Scaling, steepness: float, offset: float) -> None:
-        super().__init__()
-        for name, axes in _AXES.items():
-            self.register_buffer(name, torch.full([0] * len(axes), math.nan, dtype=torch.float64))
+        super().__init__(steepness, offset)
         self.scaling_code = torch.tensor(SCALINGS.index(scaling))
-        self.steepness = torch.tensor(steepness, dtype=torch.float64)
-        self.offset = torch.tensor(offset, dtype=torch.float64)
-        self.scaling = scaling
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there is a density."""
-        return len(self.kernel_centers) > 0
+        self.scaling = scaling  # a trace cannot follow a choice by the value of a tensor
 
     def check_fitted(self) -> None:
         """Raise a ValueError if there is no density."""
         if not self.is_fitted:
             raise ValueError("This DfkdeModel is not fitted: call fit first, or load a state dict of a fitted one.")
 
+    def contradiction(self, parameters: Mapping[str, Any]) -> str | None:
+        """Return in which way parameters of the detector contradict the fitted state; None if they do not."""
+        if parameters["scaling"] == self.scaling:
+            return None
+        return f"scaling={parameters['scaling']!r} was set after a fit with {self.scaling!r}"
+
     def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
         """Store a fitted density and its calibration scores."""
-        kept = fitted.state() | {"calibration_scores": calibration_scores}
-        for name, value in kept.items():
-            dtype = None if name in _IN_ROW_DTYPE else self.get_buffer(name).dtype
-            tensor = torch.as_tensor(value, dtype=dtype, device=self.mean.device)
-            setattr(self, name, tensor.detach().clone(memory_format=torch.contiguous_format))
+        self.keep_state(fitted.state() | {"calibration_scores": calibration_scores})
         self.scaling = fitted.density.scaling
 
     def fitted(self, dtype: torch.dtype) -> FeatureDensity:
@@ -131,89 +262,15 @@ class DensityBuffers(nn.Module):
             log_densities = log_densities + self.residual[1] - squared_distances / (2 * self.residual[0])
         return log_densities
 
-    def p_anomalous(self, log_densities: Tensor) -> Tensor:
-        """Return P(anomalous) for natural logs of densities."""
-        # The difference in float64, then in the dtype of the scores: as the detector does it.
-        excess = (log_densities.to(self.offset) - self.offset).to(log_densities.dtype)
-        return torch.sigmoid(-self.steepness.to(log_densities.dtype) * excess).to(log_densities)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # With fewer digits the density would be noise: only the device changes. Apple's GPUs have no float64.
-        device = fn(torch.empty(0, dtype=torch.float32, device=self.mean.device)).device
-        if device.type == "mps":
-            device = torch.device("cpu")
-        for name in _AXES:
-            setattr(self, name, self.get_buffer(name).to(device))
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given = {name: state_dict[prefix + name] for name in _AXES if prefix + name in state_dict}
-        missing = [prefix + name for name in _AXES if name not in given]
-        faults = _faults(given)
-        missing_keys.extend(missing)
-        error_msgs.extend(f"{prefix}{fault}" for fault in faults)
-        if missing or faults:
-            return
-        for name, value in given.items():
-            # torch copies values into the buffers that are there, and refuses other sizes.
-            setattr(self, name, torch.empty_like(value, device=self.mean.device))
-        super()._load_from_state_dict(
-            dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
         self.scaling = SCALINGS[int(self.scaling_code)]
 
-
-def _faults(given: Mapping[str, Any]) -> list[str]:
-    """Return the reasons why these cannot be the buffers of one density."""
-    faults: list[str] = []
-    lengths: dict[str, int] = {}
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-            faults.append(f"{name} is not a tensor with its values")
-            continue
-        allowed = (torch.float32, torch.float64) if name in _IN_ROW_DTYPE else (torch.float64,)
-        allowed = (torch.int64,) if name == "scaling_code" else allowed
-        if value.dtype not in allowed:
-            faults.append(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}")
-        elif value.ndim != len(_AXES[name]):
-            faults.append(f"{name} has shape {tuple(value.shape)}; {len(_AXES[name])} axes are needed")
-        else:
-            for axis, length in zip(_AXES[name], value.shape, strict=True):
-                if lengths.setdefault(axis, length) != length:
-                    faults.append(f"{name} has shape {tuple(value.shape)}, which does not fit the other sizes")
-    if any(lengths.get(axis, 0) not in (0, 2) for axis in "tu"):
-        faults.append("residual and gaussian_residual hold two numbers each, or none")
-    if not faults and "scaling_code" in given and int(given["scaling_code"]) not in range(len(SCALINGS)):
-        faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(SCALINGS) - 1}")
-    return faults or [
-        fault for name in given if (fault := _value_fault(name, given, is_fitted=lengths.get("n", 0) > 0))
-    ]
-
-
-def _value_fault(name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
-    """Return what is wrong with the values of a buffer; "" if nothing is."""
-    value = given[name]
-    if name == "scaling_code" or not (is_fitted or name in ("steepness", "offset")):
-        return ""
-    if not value.numel() and name not in ("residual", "gaussian_residual"):
-        return f"{name} has shape {tuple(value.shape)}: it is empty"
-    if name == "calibration_scores":
-        # A density may be zero.
-        return f"{name} holds NaN or +inf" if bool((value.isnan() | (value == math.inf)).any()) else ""
-    # anomalib's weights lack the singular values of "norm", which no score needs.
-    is_unknown = name == "singular_values" and bool(value.isnan().all())
-    if not is_unknown and not bool(torch.isfinite(value).all()):
-        return f"{name} holds NaN or infinities"
-    # Smaller numbers count as zero in the threads of the kernels.
-    if name in _POSITIVE and value.numel() and not float(value.flatten()[0]) >= torch.finfo(torch.float64).tiny:
-        return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
-    return ""
+    @classmethod
+    def _other_faults(cls, given: Mapping[str, Tensor], lengths: Mapping[str, int]) -> list[str]:
+        faults = []
+        if any(lengths.get(axis, 0) not in (0, 2) for axis in "tu"):
+            faults.append("residual and gaussian_residual hold two numbers each, or none")
+        elif "scaling_code" in given and int(given["scaling_code"]) not in range(len(SCALINGS)):
+            faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(SCALINGS) - 1}")
+        return faults
