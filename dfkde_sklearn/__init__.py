@@ -8,16 +8,20 @@ if TYPE_CHECKING:
     from dfkde_sklearn._calibration import Assessment
     from dfkde_sklearn._classifier import AnomalyClassifier
     from dfkde_sklearn._deploy.model import DfkdeModel
+    from dfkde_sklearn._deploy.position_model import PatchDfkdeModel
     from dfkde_sklearn._detector import DFKDEDetector
     from dfkde_sklearn._features.cache import cache_size, clear_cache
     from dfkde_sklearn._features.network import TimmFeatures
     from dfkde_sklearn._features.scattering import ScatteringFeatures
+    from dfkde_sklearn._patch_detector import PatchDFKDEDetector
 
 __all__ = [
     "AnomalyClassifier",
     "Assessment",
     "DFKDEDetector",
     "DfkdeModel",
+    "PatchDFKDEDetector",
+    "PatchDfkdeModel",
     "ScatteringFeatures",
     "TimmFeatures",
     "cache_size",
@@ -32,6 +36,8 @@ _MODULES = {
     "Assessment": "_calibration",
     "DFKDEDetector": "_detector",
     "DfkdeModel": "_deploy.model",
+    "PatchDFKDEDetector": "_patch_detector",
+    "PatchDfkdeModel": "_deploy.position_model",
     "ScatteringFeatures": "_features.scattering",
     "TimmFeatures": "_features.network",
     "cache_size": "_features.cache",

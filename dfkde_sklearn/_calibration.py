@@ -6,7 +6,8 @@ rows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,14 +88,7 @@ class CalibratedOutlierMixin(OutlierMixin):
         ValueError
             If X has other features than in `fit`, NaN or infinities, or an image cannot be read.
         """
-        scores = self.score_samples(X)
-        margins = self._margins(scores)
-        return Assessment(
-            scores,
-            conformal_p_values(scores, self.calibration_scores_),
-            logistic(-margins, self.threshold_steepness),
-            labels(margins),
-        )
+        return self._assessment(self.score_samples(X))
 
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Return +1 for normal and -1 for anomalous rows.
@@ -171,6 +165,16 @@ class CalibratedOutlierMixin(OutlierMixin):
         """
         return self._margins(self.score_samples(X))
 
+    def _assessment(self, scores: NDArray[np.floating]) -> Assessment:
+        """Return all answers that follow from scores."""
+        margins = self._margins(scores)
+        return Assessment(
+            scores,
+            conformal_p_values(scores, self.calibration_scores_),
+            logistic(-margins, self.threshold_steepness),
+            labels(margins),
+        )
+
     def _margins(self, scores: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the scores minus the threshold."""
         # In float64, since a threshold rounded to float32 may fall on the wrong side of a score.
@@ -215,3 +219,24 @@ def threshold_between(training_scores: NDArray[np.floating], n_anomalous: int, p
         return first_normal - rounding
     margin = min(256 * rounding, (first_normal - last_anomalous) / 2)
     return min(max(preferred, last_anomalous + margin), first_normal - margin)
+
+
+def judged_scores(
+    calibration_scores: NDArray[np.floating],
+    training_scores: Callable[[], NDArray[np.floating]],
+    n_anomalous: int | None,
+    target_fpr: float,
+    threshold_offset: float | Literal["auto"],
+) -> tuple[float, NDArray[np.floating]]:
+    """Return the threshold, and the scores of the training rows that are compared with it.
+
+    These are the calibration scores; where `n_anomalous`, from a contamination, sets the threshold, they are scores of
+    the training rows by the fit itself, so that ``predict`` calls exactly that many anomalous.
+    """
+    if threshold_offset != "auto":
+        return float(threshold_offset), calibration_scores
+    if n_anomalous is None:
+        return threshold_at_rate(calibration_scores, target_fpr), calibration_scores
+    scores = training_scores()
+    preferred = threshold_at_rate(calibration_scores, n_anomalous / len(scores))
+    return threshold_between(scores, n_anomalous, preferred), scores

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from math import isclose
 from numbers import Integral, Real
-from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -18,14 +18,16 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from dfkde_sklearn._calibration import CalibratedOutlierMixin, labels, threshold_at_rate, threshold_between
+from dfkde_sklearn._calibration import CalibratedOutlierMixin, judged_scores, labels
 from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.fit import fit
-from dfkde_sklearn._density.folds import copies
+from dfkde_sklearn._density.folds import copies, n_moved
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity
 from dfkde_sklearn._deploy.buffers import DensityBuffers
+from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
+from dfkde_sklearn._groups import with_copies
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
 
@@ -43,7 +45,7 @@ _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwid
 _POSITIVE = Interval(Real, float(np.finfo(np.float64).tiny), None, closed="left")
 
 
-class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
+class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
     """Deep feature kernel density estimation: an outlier detector for images and feature rows.
 
     A feature extractor turns images into feature rows, these are reduced to their principal components, and a Gaussian
@@ -171,6 +173,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
 
     # The public path, which pickles and lists of trusted types name.
     __module__ = "dfkde_sklearn"
+    _saved_as = "DFKDEDetector"
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "features": [StrOptions({"auto"}), HasMethods(["fit", "transform"]), None],
@@ -251,7 +254,7 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         return cls(features, **{"n_components": 16, "residual": None} | parameters)
 
     @_fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None, *, groups: Any = None) -> Self:
         """Fit the feature extractor, the principal components, the density and the threshold to normal data.
 
         Parameters
@@ -260,6 +263,10 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             A feature matrix, or whatever the feature extractor takes: paths, a folder, arrays, PIL images.
         y : None
             Ignored; there for the interface.
+        groups : array-like of shape (n_samples,) or None, default=None
+            What each row or image shows, such as the serial number of its part. Folds leave out whole groups, so that
+            the threshold, the residual, ``n_components="auto"`` and ``bandwidth="loo"`` hold for new parts. Exact
+            copies are always in one group. scikit-learn passes it on by metadata routing (`set_fit_request`).
 
         Returns
         -------
@@ -269,15 +276,16 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If X holds fewer than two distinct rows, NaN or infinities, or cannot be read as features or images.
+            If X holds fewer than two distinct rows, NaN or infinities, or cannot be read as features or images; if
+            `groups` has another length, a missing label, or only one group.
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """
-        self._fit(X)
+        self._fit(X, groups)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
-    def fit_predict(self, X: Any, y: Any = None) -> NDArray[np.int64]:
+    def fit_predict(self, X: Any, y: Any = None, *, groups: Any = None) -> NDArray[np.int64]:
         """Fit to X, and return +1 for rows of X that are normal and -1 for the anomalous ones.
 
         Each row is judged by its out-of-fold score: -1 where `calibration_scores_` lies below `offset_`.
@@ -290,18 +298,20 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             As in `fit`.
         y : None
             Ignored; there for the interface.
+        groups : array-like of shape (n_samples,) or None, default=None
+            As in `fit`.
 
         Returns
         -------
         ndarray of shape (n_samples,), int64
             +1 or -1.
         """
-        return labels(self._margins(self._fit(X)))
+        return labels(self._margins(self._fit(X, groups)))
 
-    def _fit(self, X: Any) -> NDArray[np.floating]:
+    def _fit(self, X: Any, groups: Any) -> NDArray[np.floating]:
         """Fit, and return the scores (n,) of the training rows that are compared with the threshold."""
         table = self._fit_features(X)
-        groups = copies(table)
+        group_numbers = with_copies(groups, table)
         drawn = np.arange(len(table))
         if self.max_samples is not None and len(table) > self.max_samples:
             drawn = np.sort(check_random_state(self.random_state).choice(len(table), self.max_samples, replace=False))
@@ -315,12 +325,14 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
                 0.0 if self.contamination == "auto" else float(self.contamination),
                 working_memory(),
             ),
-            groups[drawn],
+            group_numbers[drawn],
+            leave_out_groups=groups is not None,
         )
         # A few copies, as rounded measurements have, are in one fold and change nothing else.
-        if training.n_moved > _FEW_COPIES * len(drawn):
+        moved = n_moved(copies(table)[drawn]) if groups is None else 0
+        if moved > _FEW_COPIES * len(drawn):
             warnings.warn(
-                f"{training.n_moved} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
+                f"{moved} of {len(drawn)} training rows are exact copies of rows elsewhere in X. Copies "
                 "share a fold, so that the threshold holds for new rows, but each has its kernel in the density. "
                 "Leave them out unless they are meant.",
                 UserWarning,
@@ -337,20 +349,17 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
             )
         self._keep(training.fitted)
         self.calibration_scores_ = self._scores_of_all(
-            table, groups.numpy(), drawn, training.calibration_scores.cpu().numpy()
+            table, copies(table).numpy(), drawn, training.calibration_scores.cpu().numpy()
         )
         self.classes_ = np.array([-1, 1])
-        if self.threshold_offset != "auto":
-            self.offset_ = float(self.threshold_offset)
-            return self.calibration_scores_
-        if self.contamination == "auto":
-            self.offset_ = threshold_at_rate(self.calibration_scores_, self.target_fpr)
-            return self.calibration_scores_
-        training_scores = self._scores(table)
-        n_anomalous = n_removed(float(self.contamination), len(table))
-        preferred = threshold_at_rate(self.calibration_scores_, self.contamination)
-        self.offset_ = threshold_between(training_scores, n_anomalous, preferred)
-        return training_scores
+        self.offset_, scores = judged_scores(
+            self.calibration_scores_,
+            lambda: self._scores(table),
+            None if self.contamination == "auto" else n_removed(float(self.contamination), len(table)),
+            self.target_fpr,
+            self.threshold_offset,
+        )
+        return scores
 
     def score_samples(self, X: Any) -> NDArray[np.floating]:
         """Return the log density of each row.
@@ -469,151 +478,6 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         detector._take(buffers, extractor)
         return detector
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the fitted detector to a file that later versions read, and that holds no code.
-
-        One safetensors file, with a header in JSON. A backbone is stored by its name, tag and the hash of its weights.
-        A file that exists is replaced only once the new one is complete.
-
-        Parameters
-        ----------
-        path : str or PathLike
-            The file, of any name.
-
-        Raises
-        ------
-        NotFittedError
-            If the detector is not fitted.
-        TypeError
-            If the feature extractor is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
-            an object that the file cannot hold. Pickle and joblib keep any.
-        ValueError
-            If a parameter that was set after the fit is not allowed, or contradicts the fit.
-
-        Notes
-        -----
-        Not kept are `device` and the `device` and `cache` of the feature extractor, which belong to the machine, and a
-        `random_state` that is a generator.
-        """
-        check_is_fitted(self)
-        self._validate_params()
-        from dfkde_sklearn._deploy.saved import Saved, save
-
-        parameters = self.get_params(deep=False)
-        features = parameters.pop("features")
-        names = getattr(self, "feature_names_in_", np.array([])).tolist()
-        save(path, type(self).__name__, Saved(parameters, features, self.features_, names, self._buffers()))
-
-    @classmethod
-    def load(
-        cls,
-        path: str | PathLike[str],
-        *,
-        backbone: Any = None,
-        weights: str | PathLike[str] | None = None,
-        device: str | torch.device | None = None,
-        download: bool = False,
-    ) -> Self:
-        """Read a detector that `save` wrote.
-
-        Nothing in the file is run. The backbone is loaded too, and its weights are compared with those of the fit.
-
-        Parameters
-        ----------
-        path : str or PathLike
-            The file.
-        backbone : torch.nn.Module, default=None
-            The network, for a detector whose backbone was a module.
-        weights : str or PathLike, default=None
-            File with the backbone's weights, where they lie elsewhere than at the fit.
-        device : str, torch.device or None, default=None
-            As in the constructor, for the detector and for its feature extractor.
-        download : bool, default=False
-            Whether pretrained weights that this machine lacks may be downloaded.
-
-        Returns
-        -------
-        DFKDEDetector
-            As it was saved, except for what belongs to the machine.
-
-        Raises
-        ------
-        ValueError
-            If the file is damaged, of a newer version, or of something else, or the backbone's weights are not those
-            of the fit.
-        OSError
-            If there is no such file, or the backbone's weights are not on this machine and may not be downloaded.
-        """
-        from dfkde_sklearn._deploy.saved import load
-
-        saved = load(path, cls, backbone=backbone, weights=weights, device=device, download=download)
-        detector = cls(saved.features, device=device, **saved.parameters)
-        detector._take(saved.buffers, saved.extractor)
-        if saved.feature_names:
-            detector.feature_names_in_ = np.array(saved.feature_names, dtype=object)
-        return detector
-
-    def to_onnx(
-        self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None, check: Any = None
-    ) -> None:
-        """Write the fitted detector as one ONNX file; needs the extra ``onnx``.
-
-        The input is ``images``, float32 of shape (n, 3, H, W), as `read_images` of the `to_torch` module gives them;
-        ``features`` of shape (n, n_features) where the feature extractor is not :class:`TimmFeatures`. The outputs are
-        ``log_density`` and ``p_anomalous`` in the dtype of the features, and ``label``, int64, 1 or -1, all of shape
-        (n,). n may be any number of rows.
-
-        Parameters
-        ----------
-        path : str or PathLike
-            The file to write.
-        image_shape : tuple (height, width), default=None
-            Put the resizing, cropping and normalisation into the graph, for images of this size in pixels: the
-            input is then uint8 of shape (n, height, width, 3), RGB.
-        check : images, default=None
-            Run the exported file on these images in ONNX Runtime, and compare with this detector: as in `fit`, and
-            with `image_shape` all of that size. A file that is wrong is not written.
-
-        Raises
-        ------
-        ImportError
-            If the extra is not installed.
-        ValueError
-            If the feature extractor cannot be exported, `image_shape` is given and there is none, or the exported file
-            differs on `check` by more than rounding: 0.001 of a log density behind a network, 0.0001 with features of
-            float32, 1e-8 with features of float64; in nats where the log density is below 1.
-        """
-        check_is_fitted(self)
-        from dfkde_sklearn._deploy.export import write_onnx
-
-        write_onnx(self.to_torch(), path, image_shape, self._expected(check))
-
-    def to_pt2(
-        self, path: str | PathLike[str], *, image_shape: tuple[int, int] | None = None, check: Any = None
-    ) -> None:
-        """Write the fitted detector as a program of ``torch.export``, read by ``torch.export.load``.
-
-        Inputs and outputs are those of `to_onnx`.
-
-        Parameters
-        ----------
-        path : str or PathLike
-            The file to write, usually named ``.pt2``.
-        image_shape : tuple (height, width), default=None
-            As in `to_onnx`.
-        check : images, default=None
-            As in `to_onnx`, but run by torch.
-
-        Raises
-        ------
-        ValueError
-            As in `to_onnx`.
-        """
-        check_is_fitted(self)
-        from dfkde_sklearn._deploy.export import write_program
-
-        write_program(self.to_torch(), path, image_shape, self._expected(check))
-
     def _scores_of_all(
         self,
         table: NDArray[np.number],
@@ -657,16 +521,19 @@ class DFKDEDetector(CalibratedOutlierMixin, BaseEstimator):
         buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
         return buffers
 
-    def _expected(self, X: Any) -> Expected | None:
-        """Return what an exported file must answer for X; None where X is None."""
+    def _exported_answers(self, X: Any) -> Expected:
+        """Return what an exported file must answer for X."""
         from dfkde_sklearn._deploy.export import Expected
 
-        if X is None:
-            return None
         if isinstance(self.features_, FeatureExtractor):
-            return Expected(X, self.score_samples(X))
+            return Expected(X, (self.score_samples(X),))
         rows = self._table(X)
-        return Expected(rows, self._scores(rows))
+        return Expected(rows, (self._scores(rows),))
+
+    @classmethod
+    def _empty_buffers(cls, parameters: Mapping[str, Any]) -> DensityBuffers:
+        """Return buffers for the state of a detector with these parameters."""
+        return DensityBuffers(parameters["scaling"], 1.0, 0.0)
 
     def _take(self, buffers: DensityBuffers, extractor: Any) -> None:
         """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""

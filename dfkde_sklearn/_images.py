@@ -40,6 +40,8 @@ COMPANIONS = frozenset((
 # fmt: on
 # Grey, colour, colour with alpha.
 CHANNELS = (1, 3, 4)
+# The EXIF tag of the orientation, and the first of its values that swap width and height.
+_ORIENTATION, _FIRST_ON_ITS_SIDE = 0x0112, 5
 # White in images that use all 16 bits.
 FULL_RANGE = 65535
 # Half a grey level: floats in [0, 1] may leave the range by that much when they are rounded.
@@ -172,6 +174,41 @@ class Images(Sequence[Image.Image]):
         """
         item = self._items[index]
         return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Return the height and width of the image at `index`, of a file from its header.
+
+        Parameters
+        ----------
+        index : int
+            Position of the image.
+
+        Returns
+        -------
+        tuple (height, width)
+            Pixels of the picture that indexing returns.
+
+        Raises
+        ------
+        ValueError
+            If the image cannot be read. The message names it.
+        FileNotFoundError
+            If there is no such file.
+        """
+        item = self._items[range(len(self))[index]]
+        if isinstance(item, str | os.PathLike):
+            try:
+                with _opened(item) as picture:
+                    # Orientations from 5 on lie on their side.
+                    turned = picture.getexif().get(_ORIENTATION, 1) >= _FIRST_ON_ITS_SIDE
+                    width, height = picture.size
+                    return (width, height) if turned else (height, width)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{self.name(index)}: {_missing(item)}") from error
+            except Exception as error:  # as in __getitem__
+                raise ValueError(f"{self.name(index)}: {_reason(error)}") from error
+        decoded = self[index]
+        return decoded.height, decoded.width
 
     def digest(self, index: int) -> bytes:
         """Return the SHA-256 of the image at `index`: of the file's bytes, or else of the pixels.

@@ -12,13 +12,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The rooms that the code of each room, a folder or a file, may import; also inside functions, and for types.
 ALLOWED = {
-    "__init__": {"_detector", "_classifier", "_calibration", "_deploy", "_features", "datasets"},
+    "__init__": {"_detector", "_patch_detector", "_classifier", "_calibration", "_deploy", "_features", "datasets"},
     "__main__": {"_cli"},
     "_threads": set(),
     "_device": set(),
     "_files": set(),
     "_document": set(),
     "_matrices": set(),
+    "_groups": {"_density"},
+    "_maps": set(),
     "_images": {"_threads"},
     "_kernels": {"_threads"},
     "_density": {"_kernels", "_threads"},
@@ -26,7 +28,10 @@ ALLOWED = {
     "_calibration": set(),
     "_deploy": {"_density", "_kernels", "_features", "_images", "_device", "_files", "_document"},
     "_classifier": {"_calibration"},
-    "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_images", "_device", "_matrices"},
+    "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_device", "_groups", "_matrices"},
+    "_patch_detector": {
+        *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices")
+    },
     "_report": {"_calibration", "_images", "_files"},
     "datasets": {"_images", "_files"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -9,9 +10,10 @@ from torch import Tensor
 from dfkde_sklearn._density.axes import span
 from dfkde_sklearn._density.eigen import Scatter
 from dfkde_sklearn._density.estimate import Settings, feature_density, row_density
-from dfkde_sklearn._density.folds import Folds, n_moved
+from dfkde_sklearn._density.folds import Folds, fold_places, n_moved
 from dfkde_sklearn._density.held_out import calibration_scores, cross_fitted, held_out_spectrum, with_held_out_residuals
 from dfkde_sklearn._density.scoring import FeatureDensity
+from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth
 
 # Folds are refitted on this many first principal axes of all rows, which is exact for up to 1024 rows or features.
 # Of more, "auto" keeps the first quarter at most: a fold hardly bends those towards the axes that are dropped, but the
@@ -26,16 +28,21 @@ class Training(NamedTuple):
     fitted : FeatureDensity.
     calibration_scores : Tensor (n,), the log density of each training row by a fit without it.
     n_unrefitted : int, rows for which only their own kernel could be left out.
-    n_moved : int, rows that are in another fold than if folds were consecutive rows, as another row is in their group.
     """
 
     fitted: FeatureDensity
     calibration_scores: Tensor
     n_unrefitted: int
-    n_moved: int
 
 
-def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settings, groups: Tensor) -> Training:
+def fit(
+    X: Tensor,
+    n_components: int | float | Literal["auto"],
+    settings: Settings,
+    groups: Tensor,
+    *,
+    leave_out_groups: bool = False,
+) -> Training:
     """Fit the density to training rows.
 
     Parameters
@@ -47,6 +54,8 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     settings : Settings
     groups : Tensor of shape (n,), int64
         Rows of one group share a fold, such as exact copies.
+    leave_out_groups : bool, default=False
+        Whether the bandwidth "loo" leaves out whole folds of groups, not single rows.
 
     Returns
     -------
@@ -57,12 +66,12 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     ValueError
         If the rows do not differ.
     """
-    moved = n_moved(groups)
+    is_moved = n_moved(groups) > 0
     # 1. Centre and scale the rows; few rows are rotated onto the space that they span.
     features = span(X, settings.working_memory)
     scatter = Scatter(features.rows.scatter())
     # 2. Assign the rows to folds.
-    folds = Folds(features.rows, groups.to(X.device) if moved else None, settings.working_memory)
+    folds = Folds(features.rows, groups.to(X.device) if is_moved else None, settings.working_memory)
     # 3. Choose the number of components.
     n_sought: int | float
     if isinstance(n_components, str):
@@ -81,6 +90,10 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
             "two distinct rows; a constant offset far larger than the variation hides it."
         )
     density, is_kept = result
+    if leave_out_groups and settings.bandwidth == "loo":
+        places = fold_places(int(is_kept.sum()), groups.to(X.device)[is_kept])
+        h = leave_one_out_bandwidth(density.kernel_centers, left_out=places, working_memory=settings.working_memory)
+        density = replace(density, bandwidth=h)
     # 5. Score each row by a fit without it.
     width = max(FOLD_WIDTH, _WIDTH_PER_AXIS * density.axes.shape[1])
     folds = folds.projected(width, scatter, features.noise)
@@ -89,4 +102,4 @@ def fit(X: Tensor, n_components: int | float | Literal["auto"], settings: Settin
     density = with_held_out_residuals(density, is_kept, squared_distances, folds, features, settings)
     # 7. Add them to the scores, and return the density as one of the features.
     scores, n_unrefitted = calibration_scores(log_densities, squared_distances, density, features, settings)
-    return Training(feature_density(density, features), scores, n_unrefitted, moved)
+    return Training(feature_density(density, features), scores, n_unrefitted)

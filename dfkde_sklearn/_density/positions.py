@@ -22,8 +22,8 @@ from torch import Tensor
 from dfkde_sklearn._density.folds import fold_places
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth, silverman_bandwidth
 
-# The parts of a fitted density: the name of each, and its axes (p positions, c channels, m kernels). A part without axes
-# is a plain number.
+# The parts of a fitted density: the name of each, and its axes (p positions, c channels, m kernels). A part without
+# axes is a plain number.
 STATE = (
     ("mean", "pc"),
     ("scale", ""),
@@ -96,7 +96,8 @@ class PositionDensity:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Return the density with these parts."""
-        return cls(**{name: state[name] if axes else float(state[name]) for name, axes in STATE})
+        parts: dict[str, Any] = {name: state[name] if axes else float(state[name]) for name, axes in STATE}
+        return cls(**parts)
 
     def log_density(self, vectors: Tensor, working_memory: int) -> Tensor:
         """Return the natural log of the density at each position, (n, P), of vectors (n, P, C), in their dtype."""
@@ -107,11 +108,6 @@ class PositionDensity:
             for places in positions:
                 scores[images, places] = self._log_density_at(part[:, places], places).T
         return scores
-
-    def traceable_log_density(self, vectors: Tensor) -> Tensor:
-        """Return the same by a few tensor operations that can be traced and differentiated."""
-        part = normalized(vectors * self.scale, self.channel_scales, self.normalization)
-        return self._log_density_at(part, slice(None)).T
 
     def _log_density_at(self, vectors: Tensor, places: slice) -> Tensor:
         """Return the log density (p, n) of scaled and normalised vectors (n, p, C)."""
@@ -169,7 +165,7 @@ def fit_positions(
     scaled = vectors * scale
     channel_scales = _spreads(scaled.double()).square().mean(0).sqrt()
     scaled = normalized(scaled, channel_scales, settings.normalization)
-    shared = {"scale": scale, "channel_scales": channel_scales, "normalization": settings.normalization}
+    shared: dict[str, Any] = {"scale": scale, "channel_scales": channel_scales, "normalization": settings.normalization}
 
     def fitted(is_kept: Tensor) -> PositionDensity:
         """Return the density of some of the images."""
@@ -203,13 +199,13 @@ def lowest_mean(maps: Tensor, n_lowest: int) -> Tensor:
     return maps.topk(min(n_lowest, maps.shape[1]), dim=1, largest=False).values.mean(1)
 
 
-def normalized(vectors: Tensor, channel_scales: Tensor, strength: float) -> Tensor:
+def normalized(vectors: Tensor, channel_scales: Tensor, strength: float | Tensor) -> Tensor:
     """Return vectors (n, P, C) less a part of what is the same over the image, such as its contrast.
 
     Per image and channel, ``(x - a m) / s ** a`` with the mean m and the standard deviation s over the positions, and
     the strength a. A spread of nearly zero counts as a thousandth of the channel's usual one.
     """
-    if strength == 0 or vectors.shape[1] == 1:
+    if vectors.shape[1] == 1 or (isinstance(strength, float) and strength == 0):
         return vectors
     usual = channel_scales.to(vectors.dtype)
     # A channel that is constant in all training images has no spread to be divided by.
@@ -232,8 +228,8 @@ def _scale(vectors: Tensor) -> float:
 
 
 _NO_DIFFERENCE = (
-    "The {} training images do not differ, so that they have no density. Give at least three that are not copies of one "
-    "another."
+    "The {} training images do not differ, so that they have no density. Give at least three that are not copies of "
+    "one another."
 )
 
 

@@ -24,9 +24,10 @@ from dfkde_sklearn._kernels.density import WORKING_MEMORY
 class StateBuffers(nn.Module):
     """A fitted density in buffers, with its calibration scores and the curve of probabilities.
 
-    The set of buffers is fixed; their sizes become those of the state that is kept or loaded. Casting the modules around
-    them does not change their dtypes, and they stay on the CPU where the others go to a device without float64. Those in
-    `ROW_DTYPE` have the dtype that densities are computed in, those in `INTEGERS` are int64, and all others are float64.
+    The set of buffers is fixed; their sizes become those of the state that is kept or loaded. Casting the modules
+    around them does not change their dtypes, and they stay on the CPU where the others go to a device without float64.
+    Those in `ROW_DTYPE` have the dtype that densities are computed in, those in `INTEGERS` are int64, and all others
+    are float64.
 
     Parameters
     ----------
@@ -52,9 +53,11 @@ class StateBuffers(nn.Module):
     def __init__(self, steepness: float, offset: float) -> None:
         super().__init__()
         for name, axes in self.AXES.items():
-            self.register_buffer(name, torch.full([0] * len(axes), math.nan, dtype=torch.float64))
-        for name in self.INTEGERS:
-            setattr(self, name, torch.tensor(0))
+            is_integer = name in self.INTEGERS
+            empty = torch.full(
+                [0] * len(axes), 0 if is_integer else math.nan, dtype=torch.int64 if is_integer else torch.float64
+            )
+            self.register_buffer(name, empty)
         self.steepness = torch.tensor(steepness, dtype=torch.float64)
         self.offset = torch.tensor(offset, dtype=torch.float64)
 

@@ -7,7 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.special import expit
 from torch import Tensor, nn
 
-from dfkde_sklearn._deploy.model import DfkdeModel
+from dfkde_sklearn._deploy.buffers import StateBuffers
 from dfkde_sklearn._deploy.preprocessing import Preprocessing
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._images import as_images, image_batches
@@ -24,6 +24,8 @@ from dfkde_sklearn._images import as_images, image_batches
 # Resize, GroupNormalization and LayerNormalization of backbones have their present form since 18 (2022).
 OPSET = 18
 OUTPUTS = ("log_density", "p_anomalous", "label")
+# From a model with densities at positions.
+MAP_OUTPUT = "log_density_map"
 # Not one, which the tracer would take for a constant.
 _TRACED_ROWS = 2
 # Rows of a batch while an exported file is checked: several, since a batch of one hides faults that mix rows.
@@ -39,16 +41,35 @@ Run = Callable[[Tensor], Sequence[Any]]
 class Expected(NamedTuple):
     """What an exported file must answer.
 
-    X : images, or an array of feature rows (n, n_features) for a model without a feature extractor.
-    log_densities : ndarray (n,), of the detector.
+    X : images, or an array of features (n, ...) for a model without a feature extractor.
+    log_densities : tuple of ndarray, of the detector: of the images (n,), and of their positions (n, h, w) if any.
     """
 
     X: Any
-    log_densities: NDArray[np.floating]
+    log_densities: tuple[NDArray[np.floating], ...]
+
+
+class Exportable(Protocol):
+    """A module that can be exported: fitted, with a feature extractor or without."""
+
+    feature_extractor: Any
+    density: StateBuffers
+    feature_shape: tuple[int, ...]
+    threshold_offset: float
+    threshold_steepness: float
+
+    def get_features(self, batch: Tensor) -> Tensor:
+        """Return the features of a batch."""
+
+    def log_densities(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the log densities of images (n,), and of their positions (n, h, w) if there are any."""
+
+    def eval(self) -> Any:
+        """Set the module to evaluation."""
 
 
 def write_onnx(
-    model: DfkdeModel, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
+    model: Exportable, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
 ) -> None:
     """Write a fitted model as one ONNX file; see `DFKDEDetector.to_onnx`."""
     try:
@@ -60,6 +81,7 @@ def write_onnx(
             "pip install 'dfkde-sklearn[onnx]'."
         ) from error
     scorer, name, example = _scorer(model, image_shape)
+    outputs = _outputs(model)
     with warnings.catch_warnings():
         # The exporter warns of its own internals.
         warnings.simplefilter("ignore")
@@ -69,7 +91,7 @@ def write_onnx(
             dynamo=True,
             opset_version=OPSET,
             input_names=[name],
-            output_names=list(OUTPUTS),
+            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
             external_data=False,
             verbose=False,
@@ -82,14 +104,14 @@ def write_onnx(
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
         def run(batch: Tensor) -> Sequence[Any]:
-            return session.run(list(OUTPUTS), {name: batch.numpy()})
+            return session.run(list(outputs), {name: batch.numpy()})
 
         _check(run, "ONNX Runtime", model, image_shape, expected)
     write_file(path, data)
 
 
 def write_program(
-    model: DfkdeModel, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
+    model: Exportable, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
 ) -> None:
     """Write a fitted model as a program of torch.export; see `DFKDEDetector.to_pt2`."""
     scorer, _, example = _scorer(model, image_shape)
@@ -107,30 +129,33 @@ class Scorer(nn.Module):
 
     Parameters
     ----------
-    model : DfkdeModel
-        Fitted.
+    model : torch.nn.Module
+        Fitted: an `Exportable`.
     preprocessing : torch.nn.Module or None
         Applied to images first.
     """
 
-    def __init__(self, model: DfkdeModel, preprocessing: nn.Module | None) -> None:
+    def __init__(self, model: Any, preprocessing: nn.Module | None) -> None:
         super().__init__()
         self.model = model
         self.preprocessing = preprocessing
 
-    def forward(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log density (n,), P(anomalous) (n,) and label (n,), 1 or -1."""
+    def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Return log density (n,), P(anomalous) (n,), label (n,), 1 or -1, and maps (n, h, w) if there are any."""
         if self.preprocessing is not None:
             batch = self.preprocessing(batch)
-        features = self.model.get_features(batch)
+        log_densities, *maps = self.model.log_densities(self.model.get_features(batch))
         density = self.model.density
-        log_densities = self.model.compute_kde_scores(features, as_log_likelihood=True)
         # With >=, so that NaN is not normal: the detector refuses it, and a graph cannot.
         is_normal = log_densities.double() >= density.offset
-        return log_densities, self.model.compute_probabilities(log_densities), 2 * is_normal.long() - 1
+        return log_densities, density.p_anomalous(log_densities), 2 * is_normal.long() - 1, *maps
 
 
-def _scorer(model: DfkdeModel, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
+def _outputs(model: Exportable) -> tuple[str, ...]:
+    return OUTPUTS if len(model.feature_shape) == 1 else (*OUTPUTS, MAP_OUTPUT)
+
+
+def _scorer(model: Exportable, image_shape: tuple[int, int] | None) -> tuple[nn.Module, str, Tensor]:
     """Return the module to export, the name of its input, and an example input."""
     model.eval()
     dtype = model.density.kernel_centers.dtype
@@ -140,7 +165,7 @@ def _scorer(model: DfkdeModel, image_shape: tuple[int, int] | None) -> tuple[nn.
                 f"image_shape={image_shape}, but this detector was fitted on features: there are no images to resize. "
                 "Leave image_shape out."
             )
-        return Scorer(model, None), "features", torch.zeros(_TRACED_ROWS, len(model.density.mean), dtype=dtype)
+        return Scorer(model, None), "features", torch.zeros(_TRACED_ROWS, *model.feature_shape, dtype=dtype)
     extractor: Any = model.feature_extractor.extractor
     extractor.check_exportable()
     if image_shape is None:
@@ -149,9 +174,9 @@ def _scorer(model: DfkdeModel, image_shape: tuple[int, int] | None) -> tuple[nn.
     return Scorer(model, preprocessing), "images", torch.zeros(_TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
 
 
-def _check(run: Run, runtime: str, model: DfkdeModel, image_shape: tuple[int, int] | None, reference: Expected) -> None:
+def _check(run: Run, runtime: str, model: Exportable, image_shape: tuple[int, int] | None, reference: Expected) -> None:
     """Raise a ValueError unless an exported file gives the detector's results."""
-    scores = reference.log_densities.astype(np.float64)
+    scores, *maps = (values.astype(np.float64) for values in reference.log_densities)
     excess, steepness = scores - model.threshold_offset, model.threshold_steepness
     dtype = str(model.density.kernel_centers.dtype).removeprefix("torch.")
     tolerance = _TOLERANCES[dtype if model.feature_extractor is None else "images"]
@@ -162,24 +187,26 @@ def _check(run: Run, runtime: str, model: DfkdeModel, image_shape: tuple[int, in
         "p_anomalous": (expit(-steepness * excess), max(1.0, steepness) * near),
         "label": (np.where(excess < 0, -1.0, 1.0), np.where(np.abs(excess) <= near, np.inf, 0.0)),
     }
+    if maps:
+        right[MAP_OUTPUT] = (maps[0], tolerance * np.maximum(1.0, np.abs(maps[0])))
     outputs = [run(batch) for batch in _batches(model, image_shape, reference.X)]
-    for name, parts in zip(OUTPUTS, zip(*outputs, strict=True), strict=True):
+    for name, parts in zip(_outputs(model), zip(*outputs, strict=True), strict=True):
         actual = np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
         expected, allowed = right[name]
         # NaN and infinities are differences.
         difference = np.nan_to_num(np.abs(actual - expected), nan=np.inf)
-        wrong = np.flatnonzero(difference > allowed)
-        if len(wrong):
-            i = int(wrong[np.argmax(difference[wrong])])
+        is_wrong = difference > allowed
+        if is_wrong.any():
+            worst = np.unravel_index(np.argmax(np.where(is_wrong, difference, -1)), difference.shape)
             raise ValueError(
-                f"The exported file is not the detector: check[{i}] has {name} {actual[i]:.9g} in {runtime} and "
-                f"{expected[i]:.9g} in the detector, which is off by {difference[i]:.3g}; allowed: {allowed[i]:.3g}. "
-                f"{len(wrong)} of {len(scores)} differ. Nothing was written. Try other versions of torch, onnx "
-                "and onnxscript, or keep the detector with save()."
+                f"The exported file is not the detector: check[{worst[0]}] has {name} {actual[worst]:.9g} in {runtime} "
+                f"and {expected[worst]:.9g} in the detector, which is off by {difference[worst]:.3g}; allowed: "
+                f"{allowed[worst]:.3g}. {is_wrong.sum()} of {is_wrong.size} differ. Nothing was written. Try "
+                "other versions of torch, onnx and onnxscript, or keep the detector with save()."
             )
 
 
-def _batches(model: DfkdeModel, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
+def _batches(model: Exportable, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:
     """Yield the inputs of an exported file for X, in batches."""
     if model.feature_extractor is None:
         yield from torch.from_numpy(np.array(X)).to(model.density.kernel_centers.dtype).split(_CHECKED_ROWS)

@@ -332,6 +332,26 @@ class DfkdeModel(nn.Module):
         log_densities = self.density.log_density(_as_rows(features))
         return log_densities if as_log_likelihood else log_densities.exp()
 
+    def log_densities(self, features: Tensor) -> tuple[Tensor]:
+        """Return the natural logs of the densities of feature rows, as the exports ask for them.
+
+        Parameters
+        ----------
+        features : Tensor of shape (n, n_features)
+            Rows from `get_features`.
+
+        Returns
+        -------
+        tuple of one Tensor of shape (n,)
+            Higher is more normal.
+        """
+        return (self.compute_kde_scores(features, as_log_likelihood=True),)
+
+    @property
+    def feature_shape(self) -> tuple[int]:
+        """The shape of the features of an image: (n_features,)."""
+        return (len(self.density.mean),)
+
     def compute_probabilities(self, scores: Tensor) -> Tensor:
         """Return P(anomalous) for natural logs of densities.
 

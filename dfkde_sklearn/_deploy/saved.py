@@ -1,8 +1,8 @@
 """Save and load: one safetensors file that holds no code.
 
-The tensors are the buffers of `DensityBuffers`. The header's metadata has one entry, a JSON document: format version,
-parameters, versions of libraries, the feature extractor with its backbone's tag, hash and preprocessing, and the
-SHA-256 of the file, computed with zeros in place of its digits.
+The tensors are the buffers of the detector's state. The header's metadata has one entry, a JSON document: format
+version, the detector's class, its parameters, versions of libraries, the feature extractor with its backbone's tag,
+hash and preprocessing, and the SHA-256 of the file, computed with zeros in place of its digits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from sklearn.base import BaseEstimator, clone
 from torch import Tensor, nn
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._deploy.buffers import DensityBuffers
+from dfkde_sklearn._deploy.buffers import StateBuffers
 from dfkde_sklearn._document import as_json, checked_parameters, from_json, is_integer_from, is_list_of, is_text
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._features.network import TimmFeatures
@@ -32,7 +33,7 @@ from dfkde_sklearn._features.scattering import ScatteringFeatures
 from dfkde_sklearn._files import write_file
 
 FORMAT = "dfkde-sklearn"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _DIGITS = "0" * 64
 # The feature extractors that a file may name.
 _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind in (TimmFeatures, ScatteringFeatures)}
@@ -48,14 +49,14 @@ class Saved(NamedTuple):
     features : the parameter: "auto", None, or a feature extractor like the fitted one.
     extractor : the fitted feature extractor, or None.
     feature_names : list of str, of the columns; empty where they have none.
-    buffers : DensityBuffers, fitted.
+    buffers : StateBuffers, fitted.
     """
 
     parameters: dict[str, Any]
     features: Any
     extractor: Any
     feature_names: list[str]
-    buffers: DensityBuffers
+    buffers: StateBuffers
 
 
 def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
@@ -63,11 +64,9 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
     import timm
 
     # What `load` would refuse.
-    if saved.parameters["scaling"] != saved.buffers.scaling:
-        raise ValueError(
-            f"scaling={saved.parameters['scaling']!r} was set after a fit with {saved.buffers.scaling!r}. "
-            "Fit again, or set it back."
-        )
+    contradiction = saved.buffers.contradiction(saved.parameters)
+    if contradiction is not None:
+        raise ValueError(f"{contradiction}. Fit again, or set it back.")
     if saved.features is None and saved.extractor is not None:
         raise ValueError("features=None was set after a fit with a feature extractor. Fit again, or set it back.")
     kept = {name: value for name, value in saved.parameters.items() if name not in _NOT_KEPT}
@@ -75,6 +74,7 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "sha256": _DIGITS,
+        "detector": owner,
         "parameters": as_json(kept, owner),
         "features": saved.features if saved.features in ("auto", None) else "extractor",
         "extractor": None if saved.extractor is None else _described_extractor(saved.extractor),
@@ -95,15 +95,22 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
 
 def load(
     path: str | os.PathLike[str],
+    owner: str,
     kind: type[BaseEstimator],
+    empty: Callable[[dict[str, Any]], StateBuffers],
     *,
     backbone: nn.Module | None,
     weights: str | os.PathLike[str] | None,
     device: str | torch.device | None,
     download: bool,
 ) -> Saved:
-    """Return what the file at `path` holds, checked, of a detector of class `kind`; see `DFKDEDetector.load`."""
+    """Return what the file at `path` holds, checked, of a detector of class `kind`; see `DFKDEDetector.load`.
+
+    `owner` is the name that `save` was given, and `empty` returns buffers for the parameters of a detector.
+    """
     header, tensors = _read(Path(path))
+    if header.get("detector") != owner:
+        raise ValueError(f"{str(path)!r} holds a {header.get('detector')}, not a {owner}: load it with that class.")
     if header.get("extractor", ...) is None and (backbone is not None or weights is not None):
         raise ValueError(f"{str(path)!r} has no feature extractor: load it without backbone= and weights=.")
     try:
@@ -117,23 +124,29 @@ def load(
         features = known[header["features"]]
         parameters = checked_parameters(header["parameters"], kind, _NOT_KEPT)
         kind(**parameters)._validate_params()
-        buffers = DensityBuffers(parameters["scaling"], 1.0, 0.0)
+        buffers = empty(parameters)
         buffers.load_state_dict(tensors)
         names = header["feature_names"]
-        n_features = len(buffers.mean)
+        n_features = buffers.n_features
         if not is_list_of(is_text)(names) or len(names) not in (0, n_features):
             raise ValueError(f"feature_names are not the names of {n_features} columns")
         if (extractor is None) != (features is None) and features != "auto":
             raise ValueError(f"features is {header['features']!r}, which contradicts the feature extractor")
         if extractor is not None and extractor.n_features_out_ != n_features:
             raise ValueError("the feature extractor and the density have different numbers of features")
-        if buffers.scaling != parameters["scaling"] or not buffers.is_fitted:
+        if buffers.contradiction(parameters) is not None or not buffers.is_fitted:
             raise ValueError("its tensors contradict its parameters")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
     if extractor is not None:
         extractor.check_weights(download=download)
     return Saved(parameters, features, extractor, names, buffers)
+
+
+def saved_class(path: str | os.PathLike[str]) -> str:
+    """Return the name of the detector's class in the file at `path`."""
+    header, _ = _read(Path(path))
+    return str(header.get("detector"))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -146,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         digits, version = header["sha256"], header["format_version"]
     except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
         raise ValueError(
-            f"{str(path)!r} is not a file of DFKDEDetector.save, or it is damaged: {type(error).__name__}: {error}"
+            f"{str(path)!r} is not a file of a detector's save, or it is damaged: {type(error).__name__}: {error}"
         ) from error
     if not is_integer_from(1)(version):
         raise ValueError(f"{str(path)!r} is damaged: it states format version {version!r}.")

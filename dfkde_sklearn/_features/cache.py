@@ -121,7 +121,13 @@ def check_cache(cache: Cache) -> None:
 
 
 def feature_matrix(
-    images: Images, widths: Sequence[int], recipes: Callable[[], Sequence[str]], compute: Compute, cache: Cache
+    images: Images,
+    widths: Sequence[int],
+    recipes: Callable[[], Sequence[str]],
+    compute: Compute,
+    cache: Cache,
+    *,
+    is_half: bool = False,
 ) -> NDArray[np.float32]:
     """Return the features of the images: those in the cache are read, the others computed.
 
@@ -140,6 +146,9 @@ def feature_matrix(
         None or False computes everything; True keeps features in the memory of this process, up to
         `MEMORY_BYTES`; a folder keeps them there.
 
+    is_half : bool, default=False
+        Whether the cache keeps features in float16. They are rounded to it when they are computed, too.
+
     Returns
     -------
     ndarray of shape (n_images, sum of widths), float32
@@ -148,7 +157,8 @@ def feature_matrix(
     Raises
     ------
     ValueError
-        If a file changes while it is read, or the cache is another program's or of a newer version.
+        If a file changes while it is read, the cache is another program's or of a newer version, or features are too
+        large for float16.
     OSError
         If the cache cannot be made or written to.
     """
@@ -163,7 +173,8 @@ def feature_matrix(
                 start += len(batch)
         return features
     columns = [slice(*pair) for pair in pairwise(edges)]
-    recipe_digests = [hashlib.sha256(recipe.encode()).digest() for recipe in recipes()]
+    dtype_mark = "float16" if is_half else ""
+    recipe_digests = [hashlib.sha256((dtype_mark + recipe).encode()).digest() for recipe in recipes()]
     digests = [images.digest(i) for i in range(len(images))]
 
     def key(i: int, block: int) -> bytes:
@@ -179,7 +190,7 @@ def feature_matrix(
             found = store.get(set(keys.values()))
             for (i, block), key_of_block in keys.items():
                 if key_of_block in found:
-                    features[i, columns[block]] = found[key_of_block]
+                    features[i, columns[block]] = _unpacked(found[key_of_block], widths[block], is_half)
                 else:
                     lacking.add(block)
                     equals = incomplete.setdefault(digests[i], [])
@@ -201,12 +212,15 @@ def feature_matrix(
                             "batches before it are in the cache."
                         )
                     parts = np.split(row, inner)
+                    if is_half:
+                        parts = [_packed(part, images.name(i)) for part in parts]
                     computed.update((key(i, block), part) for block, part in zip(blocks, parts, strict=True))
                 # Use what the cache holds now: another process may have been first, and its batch rounded differently.
                 kept = computed | dict(store.put(computed))
                 for i in in_batch:
                     for block in blocks:
-                        features[incomplete[digests[i]], columns[block]] = kept[key(i, block)]
+                        row = _unpacked(kept[key(i, block)], widths[block], is_half)
+                        features[incomplete[digests[i]], columns[block]] = row
                 start += len(batch)
     return features
 
@@ -234,6 +248,24 @@ def numerics(device: torch.device) -> dict[str, Any]:
         "tf32": cuda and torch.backends.cudnn.allow_tf32,
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
     }
+
+
+def _packed(row: Row, name: str) -> Row:
+    """Return a row in float16, two numbers in each float32 of a store."""
+    largest = float(np.abs(row).max(initial=0))
+    if largest > float(np.finfo(np.float16).max):
+        raise ValueError(
+            f"{name}: a feature of magnitude {largest:.4g} is too large for cache_dtype='float16', which ends at "
+            "65504. Use cache_dtype='float32'."
+        )
+    half = np.zeros(len(row) + len(row) % 2, np.float16)
+    half[: len(row)] = row
+    return half.view(np.float32)
+
+
+def _unpacked(row: Row, width: int, is_half: bool) -> Row:
+    """Return a row of a store in float32."""
+    return row.view(np.float16)[:width].astype(np.float32) if is_half else row
 
 
 def _is_used(cache: Cache) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -16,18 +17,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils import Tags
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from dfkde_sklearn._device import as_device
-from dfkde_sklearn._document import Check, as_json, checked_parameters, set_fitted
+from dfkde_sklearn._document import Check, as_json, checked_parameters, is_integer_from, is_tuple_of, set_fitted
 from dfkde_sklearn._features.cache import Cache, check_cache, feature_matrix, numerics
 from dfkde_sklearn._features.modules import FeatureModule
 from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
 
 # Pixels on a side of what an extractor resizes images to: more would not fit into memory, and a file may ask for more.
 MAX_SIDE = 2**14
+# A grid of positions, in a saved file.
+IS_GRID = is_tuple_of(is_integer_from(1), 2)
 # Parameters that belong to the machine, and that no file may set.
 _OF_THE_MACHINE = ("device", "cache")
 
@@ -42,15 +45,21 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
     Attributes
     ----------
     n_features_out_ : int
-        Number of features.
+        Number of features of an image.
+    grid_shape_ : tuple (h, w) or None
+        The positions that are described; None for one vector for each image.
     """
 
     white_level: int
     batch_size: int
     cache: Cache
+    cache_dtype: Literal["float32", "float16"]
     device: str | torch.device | None
     verbose: bool | int
     n_features_out_: int
+    grid_shape_: tuple[int, int] | None
+    # Axes of an image, 0 for its height and 1 for its width, that are reversed before its features are computed.
+    _flipped_axes: tuple[int, ...] = ()
 
     # The fitted attributes, and which values a saved file may give them.
     _fitted_attributes: ClassVar[Mapping[str, Check]]
@@ -61,6 +70,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         "white_level": [Interval(Integral, 1, FULL_RANGE, closed="both")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "cache": ["boolean", str, os.PathLike, None],
+        "cache_dtype": [StrOptions({"float32", "float16"})],
         "device": [str, torch.device, None],
         "verbose": ["verbose"],
     }
@@ -106,8 +116,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
 
         Returns
         -------
-        ndarray of shape (n_images, `n_features_out_`), float32
-            A row for each image, in their order.
+        ndarray of shape (n_images, `n_features_out_`), or (n_images, h, w, C) at positions, float32
+            The features of the images, in their order.
 
         Warns
         -----
@@ -129,8 +139,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
 
         Returns
         -------
-        ndarray of shape (n_images, `n_features_out_`), float32
-            A row for each image, in their order.
+        ndarray of shape (n_images, `n_features_out_`), or (n_images, h, w, C) at positions, float32
+            The features of the images, in their order.
 
         Raises
         ------
@@ -142,6 +152,25 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         """
         check_is_fitted(self, "n_features_out_")
         return self._described(as_images(X, self.white_level))
+
+    def transform_flipped(self, X: Any, axes: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return the features of the images after reversing axes of them.
+
+        Parameters
+        ----------
+        X : images
+            As in `transform`.
+        axes : tuple of int
+            0 reverses the height and 1 the width of the images.
+
+        Returns
+        -------
+        ndarray of shape (n_images, `n_features_out_`), or (n_images, h, w, C) at positions, float32
+            The features of the flipped images. Positions are those of the flipped images too.
+        """
+        flipping = copy.copy(self)
+        flipping._flipped_axes = axes
+        return flipping.transform(X)
 
     # What a subclass says.
 
@@ -284,20 +313,44 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
 
     def _described(self, images: Images, fingerprint: str | None = None) -> NDArray[np.float32]:
         """Return the features of the images; a fingerprint that is known already need not be computed."""
-        return feature_matrix(
-            images, self._block_widths(), partial(self._recipes, fingerprint), self._computed, self.cache
+        rows = feature_matrix(
+            images,
+            self._block_widths(),
+            partial(self._recipes, fingerprint),
+            self._computed,
+            self.cache,
+            is_half=self.cache_dtype == "float16",
         )
+        return rows if self.grid_shape_ is None else rows.reshape(len(rows), *self.grid_shape_, -1)
 
     def _recipes(self, fingerprint: str | None = None) -> list[str]:
         """Return for each block all that decides its features beside the image."""
         of_all = {"numerics": numerics(as_device(self.device)), "white_level": int(self.white_level)}
+        if self._flipped_axes:
+            of_all["flipped_axes"] = self._flipped_axes
         return [json.dumps(of_all | recipe, default=str) for recipe in self._block_recipes(fingerprint)]
 
     def _batches(self, images: Images, description: str) -> Iterator[Tensor]:
         """Yield the images as the module takes them, batch by batch, with a progress bar if `verbose`."""
+        transform = self.image_transform()
+        dims = [axis - 2 for axis in self._flipped_axes]  # of a tensor, whose last axes are height and width
+
+        def flipped(picture: Image.Image) -> Tensor:
+            return transform(picture).flip(dims)
+
         return image_batches(
-            images, self.image_transform(), self.batch_size, verbose=bool(self.verbose), description=description
+            images,
+            flipped if dims else transform,
+            self.batch_size,
+            verbose=bool(self.verbose),
+            description=description,
         )
+
+    def _at_positions(self, names: list[str]) -> NDArray[np.object_]:
+        """Return the names of the channels, at every position if there are any."""
+        if self.grid_shape_ is not None:
+            names = [f"{name}_at_{i}_{j}" for i, j in np.ndindex(*self.grid_shape_) for name in names]
+        return np.array(names, dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkde_sklearn._threads import Lock
@@ -20,6 +21,8 @@ from dfkde_sklearn._threads import Lock
 # Maximum size of a tensor in a forward pass on a CPU. The C library maps large blocks of memory again in each call, at
 # the latest from 32 MiB on, and the page faults cost more than the arithmetic: benchmarks/micro_batches.py.
 MAX_ACTIVATION_BYTES = 20 * 2**20
+# Of the layers that describe positions by default.
+_STRIDES = (8, 16)
 # Number of networks whose formats are kept: a search needs them again in every fold.
 MAX_FORMATS = 64
 _formats: OrderedDict[tuple[Any, ...], tuple[list[LayerFormat], int]] = OrderedDict()
@@ -41,11 +44,14 @@ class LayerFormat(NamedTuple):
         Number of class and register tokens, which come first: those whose number does not grow with the image.
     width : int
         Length of the axis C.
+    grid : tuple (h, w) or None
+        The positions; None for "NC", and for tokens that form no grid with the proportions of the image.
     """
 
     axes: str
     prefix_tokens: int
     width: int
+    grid: tuple[int, int] | None
 
 
 def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
@@ -143,6 +149,44 @@ def pooled(output: Tensor, axes: str, prefix_tokens: int, pooling: str) -> Tenso
     return vectors.flatten(1)
 
 
+def on_grid(
+    output: Tensor, axes: str, prefix_tokens: int, layer_grid: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """Return the vectors of all positions of a grid, (n, C, h, w) in float32: local means, interpolated.
+
+    The mean over 3 x 3 positions, without what lies outside the image, and then bilinear interpolation to the grid.
+    """
+    output = output.float().movedim(axes.index("C"), 1)
+    if "L" in axes:
+        output = output[..., prefix_tokens:].unflatten(2, layer_grid)
+    means = avg_pool2d(output, 3, stride=1, padding=1, count_include_pad=False)
+    if layer_grid == grid:
+        return means
+    return interpolate(means, size=grid, mode="bilinear", align_corners=False)
+
+
+def layers_for_positions(network: nn.Module, name: str) -> list[str]:
+    """Return the layers that describe positions: of strides 8 and 16, or two blocks in the middle of a transformer.
+
+    As timm's `feature_info` states them. Measured on photographs: earlier layers add little, later ones hurt.
+    """
+    found = getattr(network, "feature_info", None)
+    # A list of dictionaries, or an object that holds one.
+    stages = [dict(stage) for stage in getattr(found, "info", found) or []]
+    stride = {stage["module"]: stage["reduction"] for stage in stages if "module" in stage and "reduction" in stage}
+    available = {layer for layer, _ in network.named_modules()}
+    names = [layer for layer in stride if layer in available]
+    if len({stride[layer] for layer in names}) == 1 and len(names) > 3:
+        return [names[len(names) // 2 - 1], names[3 * len(names) // 4 - 1]]
+    chosen = [layer for layer in names if stride[layer] in _STRIDES]
+    if not chosen:
+        raise ValueError(
+            f"layers=None with pooling=None takes the layers of stride 8 and 16, and backbone {name!r} does not state "
+            "any (timm's feature_info). Name layers in the middle of the network, such as the outputs of its stages."
+        )
+    return chosen
+
+
 def check_layers(layers: list[str], network: nn.Module, name: str) -> None:
     """Raise a ValueError unless these are submodules of the network."""
     if not layers or not all(isinstance(layer, str) for layer in layers):
@@ -212,7 +256,7 @@ def _found_formats(
     formats = []
     for layer, (shape,) in shapes.items():
         if _n_wide_axes(shape) <= 1:
-            formats.append(LayerFormat("NC", 0, math.prod(shape[1:])))
+            formats.append(LayerFormat("NC", 0, math.prod(shape[1:]), None))
             continue
         if taller is None or taller[layer][0] == shape:
             axes, prefix_tokens = _axes_by_size(network, shape, height, width)
@@ -227,7 +271,11 @@ def _found_formats(
                 " which must not be pooled, is not certain. Name another layer, or set backbone.num_prefix_tokens to"
                 " their number."
             )
-        formats.append(LayerFormat(axes, prefix_tokens, shape[axes.index("C")]))
+        if "L" in axes:
+            grid = _grid(shape[axes.index("L")] - prefix_tokens, height, width)
+        else:
+            grid = shape[axes.index("H")], shape[axes.index("W")]
+        formats.append(LayerFormat(axes, prefix_tokens, shape[axes.index("C")], grid))
     return formats, largest.n_bytes // 2
 
 
@@ -301,16 +349,21 @@ def _axes_by_size(network: nn.Module, shape: tuple[int, ...], height: int, width
 
 def _prefix_tokens(length: int, candidates: set[int], height: int, width: int) -> int | None:
     """Return the number of prefix tokens, among `candidates`, that leaves a grid of patches; None if uncertain."""
-    fitting = [n for n in candidates if 0 <= n < length and _is_grid(length - n, height, width)]
+    fitting = [n for n in candidates if 0 <= n < length and _grid(length - n, height, width)]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _is_grid(n_positions: int, height: int, width: int) -> bool:
-    """Return whether `n_positions` can form a grid with the proportions of the image, up to rounding."""
-    return any(
-        n_positions % rows == 0 and abs(n_positions // rows - rows * width / height) < 1
+def _grid(n_positions: int, height: int, width: int) -> tuple[int, int] | None:
+    """Return the grid (h, w) of positions with the proportions of the image, up to rounding; None if there is none."""
+    rows = [
+        rows
         for rows in range(1, n_positions + 1)
-    )
+        if n_positions % rows == 0 and abs(n_positions // rows - rows * width / height) < 1
+    ]
+    if not rows:
+        return None
+    best = min(rows, key=lambda rows: abs(n_positions // rows - rows * width / height))
+    return best, n_positions // best
 
 
 def _convolved_positions(network: nn.Module, height: int, width: int) -> set[int]:

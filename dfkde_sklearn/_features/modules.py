@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkde_sklearn._features.backbones import weights_hash
-from dfkde_sklearn._features.layers import embedding, pooled
+from dfkde_sklearn._features.layers import embedding
 from dfkde_sklearn._images import as_images, image_batches
 
 if TYPE_CHECKING:
@@ -61,20 +61,19 @@ class NetworkModule(FeatureModule):
         if isinstance(extractor.backbone, nn.Module):
             # The user's module, of which this module has a copy.
             self.extractor.backbone = nn.Identity()
-        self._formats = dict(
-            zip(
-                extractor.layers_ or [""],
-                zip(extractor.layer_formats_, extractor.layer_prefix_tokens_, strict=True),
-                strict=True,
-            )
-        )
         self._tapped: dict[str, Tensor] = {}
         modules = dict(self.network.named_modules())
         for layer in extractor.layers_:
             modules[layer].register_forward_hook(_Tap(layer, self))
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Return the features (n, D), float32, of normalised images (n, 3, H, W)."""
+        """Return the features (n, D) or (n, h, w, C), float32, of normalised images (n, 3, H, W)."""
+        height, width = self.extractor.input_size_
+        if self.extractor.grid_shape_ is not None and tuple(batch.shape[2:]) != (height, width):
+            raise ValueError(
+                f"Images of {' x '.join(map(str, batch.shape[2:]))} pixels; features at positions were fitted on "
+                f"{height} x {width}. read_images resizes images to that."
+            )
         if not torch.compiler.is_compiling():
             return self.extractor._rows(self.network, batch)
         # A traced pass runs to its end, and what comes after the last layer is dropped from the graph.
@@ -82,14 +81,10 @@ class NetworkModule(FeatureModule):
         batch = batch.to(like.dtype)
         if self.extractor.layers_:
             self.network(batch)
-            rows = torch.cat([self._tapped[layer] for layer in self.extractor.layers_], dim=1)
+            rows = self.extractor.joined([self._tapped[layer] for layer in self.extractor.layers_])
             self._tapped.clear()
             return rows
-        return self.pooled("", embedding(self.network, batch))
-
-    def pooled(self, layer: str, output: Tensor) -> Tensor:
-        """Return one vector (n, C) for each image from the output of a layer."""
-        return pooled(output, *self._formats[layer], self.extractor.pooling)
+        return self.extractor.of_layer("", embedding(self.network, batch))
 
     def as_extractor(self) -> TimmFeatures:
         """Return a fitted feature extractor that computes the same.
@@ -140,4 +135,4 @@ class _Tap:
 
     def __call__(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         if torch.compiler.is_compiling():
-            self.features._tapped[self.layer] = self.features.pooled(self.layer, output)
+            self.features._tapped[self.layer] = self.features.extractor.of_layer(self.layer, output)

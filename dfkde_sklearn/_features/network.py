@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import ceil, floor
+from math import ceil, floor, prod
 from numbers import Integral
 from typing import Any, Literal, Self
 
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import is_integer_from, is_list_of, is_number, is_one_of, is_positive, is_text, is_tuple_of
 from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
-from dfkde_sklearn._features.extractor import MAX_SIDE, FeatureExtractor
+from dfkde_sklearn._features.extractor import IS_GRID, MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.layers import (
     LayersRead,
     check_layers,
     layer_formats,
+    layers_for_positions,
     micro_batch_size,
+    on_grid,
     pooled,
     visit_layers,
 )
@@ -53,11 +55,14 @@ class TimmFeatures(FeatureExtractor):
     layers : str, list of str or None, default=None
         Names of submodules as in ``backbone.named_modules()``. Their outputs are pooled and concatenated in this
         order. None is the pooled embedding: what a timm model returns with ``num_classes=0``, and the output of any
-        other module.
-    pooling : {"avg", "max", "gem"}, default="avg"
+        other module. With ``pooling=None`` it is the layers of stride 8 and 16 that timm's `feature_info` states, and
+        of a transformer the blocks at half and three quarters of its depth.
+    pooling : {"avg", "max", "gem"} or None, default="avg"
         How the positions of a layer become one vector: their mean, their maximum, or the generalised mean
         with exponent 3 of values clamped to at least 1e-6 [1]_. Class and register tokens are left out: those whose
-        number does not grow with the image. They are assumed to come first.
+        number does not grow with the image. They are assumed to come first. None keeps all positions: each layer is
+        averaged over 3 x 3 positions and interpolated to the coarsest grid of the layers, so that every position has a
+        vector.
     crop : {"squash", "center", "border"}, default="squash"
         Which part of an image the network sees. "squash": all of it, resized to the input size without keeping the
         proportions. "center": what timm shows by default; the image is resized with its proportions, and the centre
@@ -86,6 +91,9 @@ class TimmFeatures(FeatureExtractor):
         Whether to keep features, layer by layer, and to reuse them. True: in the memory of this process, up to 1 GiB
         for all feature extractors. A path: in this folder, for any number of processes of this machine, until
         :func:`clear_cache`. See Notes.
+    cache_dtype : {"float32", "float16"}, default="float32"
+        How features are kept with `cache`. "float16" takes half the space, and rounds features to 11 bits, also where
+        they are computed for the first time.
     device : str, torch.device or None, default=None
         Where the network runs. None is the first CUDA GPU if there is one, else the CPU.
     random_state : int, RandomState instance or None, default=None
@@ -107,8 +115,12 @@ class TimmFeatures(FeatureExtractor):
         Number of class and register tokens that are left out of each layer.
     layer_widths_ : list of int
         Number of features of each layer.
+    layer_grids_ : list of list [h, w]
+        The positions of each layer; an empty list for one without.
+    grid_shape_ : tuple (h, w) or None
+        With ``pooling=None`` the positions that are described: the coarsest grid of the layers.
     n_features_out_ : int
-        Number of features.
+        Number of features of an image: with ``pooling=None`` h times w times the sum of `layer_widths_`.
     activation_bytes_ : int
         Bytes per image of the largest tensor in a forward pass.
     input_size_ : tuple of int
@@ -187,6 +199,8 @@ class TimmFeatures(FeatureExtractor):
         "layer_formats_": is_list_of(is_one_of("NC", "NCHW", "NHWC", "NLC", "NCL")),
         "layer_prefix_tokens_": is_list_of(is_integer_from(0)),
         "layer_widths_": is_list_of(is_integer_from(1)),
+        "layer_grids_": is_list_of(is_list_of(is_integer_from(1))),
+        "grid_shape_": lambda value: value is None or IS_GRID(value),
         "activation_bytes_": is_integer_from(0),
         "n_features_out_": is_integer_from(1),
     }
@@ -195,7 +209,7 @@ class TimmFeatures(FeatureExtractor):
         **FeatureExtractor._parameter_constraints,
         "backbone": [str, nn.Module],
         "layers": [str, list, tuple, None],
-        "pooling": [StrOptions({"avg", "max", "gem"})],
+        "pooling": [StrOptions({"avg", "max", "gem"}), None],
         "crop": [StrOptions(set(CROPS))],
         "pretrained": ["boolean"],
         "weights": [str, os.PathLike, None],
@@ -208,7 +222,7 @@ class TimmFeatures(FeatureExtractor):
         backbone: str | nn.Module = "resnet18.tv_in1k",
         *,
         layers: str | Sequence[str] | None = None,
-        pooling: Literal["avg", "max", "gem"] = "avg",
+        pooling: Literal["avg", "max", "gem"] | None = "avg",
         crop: Literal["squash", "center", "border"] = "squash",
         pretrained: bool = True,
         weights: str | os.PathLike[str] | None = None,
@@ -216,6 +230,7 @@ class TimmFeatures(FeatureExtractor):
         white_level: int = FULL_RANGE,
         batch_size: int = 32,
         cache: bool | str | os.PathLike[str] | None = None,
+        cache_dtype: Literal["float32", "float16"] = "float32",
         device: str | torch.device | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
@@ -230,12 +245,13 @@ class TimmFeatures(FeatureExtractor):
         self.white_level = white_level
         self.batch_size = batch_size
         self.cache = cache
+        self.cache_dtype = cache_dtype
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Return names such as "layer1_0", or "embedding_0" for the pooled embedding.
+        """Return names such as "layer1_0", "embedding_0" for the pooled embedding, and "layer1_0_at_3_5" at a position.
 
         Parameters
         ----------
@@ -249,7 +265,7 @@ class TimmFeatures(FeatureExtractor):
         """
         check_is_fitted(self, "n_features_out_")
         layers = zip(self.layers_ or ["embedding"], self.layer_widths_, strict=True)
-        return np.array([f"{name}_{i}" for name, width in layers for i in range(width)], dtype=object)
+        return self._at_positions([f"{name}_{i}" for name, width in layers for i in range(width)])
 
     def as_module(self) -> NetworkModule:
         """Return the fitted extractor as a torch module, with a copy of the network.
@@ -327,8 +343,14 @@ class TimmFeatures(FeatureExtractor):
 
     def _check_fitted(self) -> None:
         n_layers = len(self.layers_) or 1
-        lists = (self.layer_formats_, self.layer_prefix_tokens_, self.layer_widths_)
-        if any(len(values) != n_layers for values in lists) or sum(self.layer_widths_) != self.n_features_out_:
+        lists = (self.layer_formats_, self.layer_prefix_tokens_, self.layer_widths_, self.layer_grids_)
+        n_positions = 1 if self.grid_shape_ is None else prod(self.grid_shape_)
+        if (
+            any(len(values) != n_layers for values in lists)
+            or n_positions * sum(self.layer_widths_) != self.n_features_out_
+            or (self.pooling is None) != (self.grid_shape_ is not None)
+            or any(len(grid) not in ((2,) if self.pooling is None else (0, 2)) for grid in self.layer_grids_)
+        ):
             raise ValueError("what TimmFeatures says of its layers is contradictory")
         image_transform(self)
 
@@ -355,6 +377,8 @@ class TimmFeatures(FeatureExtractor):
             self.crop_pct_ = config["crop_pct"]
             if self.layers is not None:
                 check_layers(layers, backbone.network, self.backbone_name_)
+            elif self.pooling is None:
+                layers = layers_for_positions(backbone.network, self.backbone_name_)
             found, self.activation_bytes_ = layer_formats(
                 backbone.network, fingerprint, layers, self.input_size_, self.backbone_name_
             )
@@ -367,11 +391,33 @@ class TimmFeatures(FeatureExtractor):
         self.layer_formats_ = [layer.axes for layer in found]
         self.layer_prefix_tokens_ = [layer.prefix_tokens for layer in found]
         self.layer_widths_ = [layer.width for layer in found]
-        self.n_features_out_ = sum(self.layer_widths_)
+        self.layer_grids_ = [list(layer.grid or ()) for layer in found]
+        self.grid_shape_ = None
+        if self.pooling is None:
+            self.grid_shape_ = self._coarsest_grid()
+        self.n_features_out_ = sum(self.layer_widths_) * prod(self.grid_shape_ or (1,))
         return fingerprint
 
+    def _coarsest_grid(self) -> tuple[int, int]:
+        """Return the smallest grid of the layers; raise a ValueError where one has no positions."""
+        grids: list[tuple[int, int]] = []
+        for layer, grid in zip(self.layers_, self.layer_grids_, strict=True):
+            if not grid:
+                raise ValueError(
+                    f"layers={[layer]} of backbone {self.backbone_name_!r} has no positions on a grid, which "
+                    "pooling=None needs. Name layers before the network's own pooling, or use pooling='avg'."
+                )
+            grids.append((grid[0], grid[1]))
+        return min(grids, key=prod)
+
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether the features describe all of an image, resized without keeping its proportions."""
+        return self.crop_mode_ == "squash"
+
     def _block_widths(self) -> list[int]:
-        return self.layer_widths_
+        # Positions are a single block: their grid depends on all layers.
+        return self.layer_widths_ if self.grid_shape_ is None else [self.n_features_out_]
 
     @contextmanager
     def _lent_backbone(self, *, download: bool = True) -> Iterator[Backbone]:
@@ -401,7 +447,7 @@ class TimmFeatures(FeatureExtractor):
         batches = self._batches(images, self.backbone_name_)
         with self._fitted_backbone() as backbone:
             for batch in batches:
-                rows = self._rows(backbone.network, batch, blocks).cpu().numpy()
+                rows = self._rows(backbone.network, batch, blocks).flatten(1).cpu().numpy()
                 bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
                 if len(bad):
                     raise ValueError(
@@ -427,29 +473,70 @@ class TimmFeatures(FeatureExtractor):
             "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_],
         }
         layers = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
-        return [of_all | {"layer": name, "format": axes, "prefix_tokens": n} for name, axes, n in layers]
+        recipes = [of_all | {"layer": name, "format": axes, "prefix_tokens": n} for name, axes, n in layers]
+        return recipes if self.grid_shape_ is None else [{"grid": self.grid_shape_, "layers": recipes}]
 
     def _rows(self, network: nn.Module, batch: Tensor, blocks: list[int] | None = None) -> Tensor:
-        """Return the features (n, n_features) of transformed images (n, 3, H, W): all layers, or those at `blocks`."""
-        plan = list(zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True))
-        if blocks is not None:
-            plan = [plan[block] for block in blocks]
-        formats = {name: (axes, prefix_tokens) for name, axes, prefix_tokens in plan}
+        """Return the features of transformed images (n, 3, H, W): all layers, or those of the blocks.
+
+        Of shape (n, n_features), or (n, h, w, C) at positions.
+        """
+        layers = self.layers_ or [""]
+        if blocks is not None and self.grid_shape_ is None:
+            layers = [layers[block] for block in blocks]
         n_at_once = micro_batch_size(network, batch, self.activation_bytes_)
-        return torch.cat([self._rows_at_once(network, part, formats) for part in batch.split(n_at_once)])
+        return torch.cat([self._rows_at_once(network, part, layers) for part in batch.split(n_at_once)])
 
-    def _rows_at_once(self, network: nn.Module, batch: Tensor, formats: dict[str, tuple[str, int]]) -> Tensor:
+    def _rows_at_once(self, network: nn.Module, batch: Tensor, layers: list[str]) -> Tensor:
         """Return the features of a batch in one forward pass."""
-        vectors: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
 
-        def pool(layer: str, output: Tensor) -> None:
-            # Pooled now, as a later in-place operation may overwrite the output.
-            vectors[layer] = pooled(output, *formats[layer], self.pooling)
-            if len(vectors) == len(formats):
+        def describe(layer: str, output: Tensor) -> None:
+            # Now, as a later in-place operation may overwrite the output.
+            parts[layer] = self.of_layer(layer, output)
+            if len(parts) == len(layers):
                 raise LayersRead
 
-        visit_layers(network, batch, [layer for layer in formats if layer], pool)
-        return torch.cat([vectors[layer] for layer in formats], dim=1)
+        visit_layers(network, batch, [layer for layer in layers if layer], describe)
+        return self.joined([parts[layer] for layer in layers])
+
+    def of_layer(self, layer: str, output: Tensor) -> Tensor:
+        """Return the features of one layer.
+
+        Parameters
+        ----------
+        layer : str
+            Its name; "" is the embedding.
+        output : Tensor
+            What it returned for n images.
+
+        Returns
+        -------
+        Tensor of shape (n, C) or, at positions, (n, C, h, w)
+            In float32.
+        """
+        i = self.layers_.index(layer) if self.layers_ else 0
+        axes, prefix_tokens = self.layer_formats_[i], self.layer_prefix_tokens_[i]
+        if self.pooling is not None or self.grid_shape_ is None:
+            return pooled(output, axes, prefix_tokens, str(self.pooling))
+        height, width = self.layer_grids_[i]
+        return on_grid(output, axes, prefix_tokens, (height, width), self.grid_shape_)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Return the features of several layers side by side.
+
+        Parameters
+        ----------
+        parts : list of Tensor
+            From `of_layer`.
+
+        Returns
+        -------
+        Tensor of shape (n, n_features) or, at positions, (n, h, w, C)
+            In float32.
+        """
+        rows = torch.cat(parts, dim=1)
+        return rows if self.grid_shape_ is None else rows.permute(0, 2, 3, 1)
 
     def __sklearn_clone__(self) -> Self:
         if not isinstance(self.backbone, nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 STATISTICS = ("mean", "std", "max")
 
@@ -194,6 +195,34 @@ def scattering_coefficients(images: Tensor, cascade: Cascade, border: int) -> Te
             paths = [_statistics(_modulus(_inside(_filtered(spectra, wavelet), margin))) for wavelet in coarser]
             second.append(torch.stack(paths, dim=2).flatten(1, 2))
     return torch.cat(first + second, dim=1)
+
+
+def local_means(images: Tensor, cascade: Cascade, border: int, grid: int) -> Tensor:
+    """Return the mean of every first-order map in each cell of a grid.
+
+    Parameters
+    ----------
+    images, cascade, border
+        As in `scattering_coefficients`.
+    grid : int
+        Number of cells along each side.
+
+    Returns
+    -------
+    Tensor of shape (n_images, n_paths, grid, grid), float32
+        In the unit of the images. Paths by scale and orientation.
+    """
+    margin = border / images.shape[-1]
+    spectrum = torch.fft.fft2(images, norm="forward")
+    means = []
+    for scale in cascade.first:
+        maps = _inside(torch.stack([_modulus(_filtered(spectrum, wavelet)) for wavelet in scale], dim=1), margin)
+        # Maps of coarse wavelets may have fewer samples than the grid has cells.
+        if maps.shape[-1] >= grid:
+            means.append(adaptive_avg_pool2d(maps, grid))
+        else:
+            means.append(interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False))
+    return torch.cat(means, dim=1)
 
 
 def _filtered(spectra: Tensor, wavelet: Wavelet) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -22,7 +22,9 @@ def silverman_bandwidth(n: int, d: int) -> float:
     return (n * (d + 2) / 4.0) ** (-1.0 / (d + 4))
 
 
-def leave_one_out_bandwidth(support: Tensor, *, working_memory: int = WORKING_MEMORY) -> float:
+def leave_one_out_bandwidth(
+    support: Tensor, *, left_out: Sequence[slice | Tensor] | None = None, working_memory: int = WORKING_MEMORY
+) -> float:
     """Return the bandwidth of highest mean leave-one-out log density, by likelihood cross-validation.
 
     First the best of 16 bandwidths, from a sixteenth of Scott's to four times Scott's, is chosen; from 2048 rows on, by
@@ -34,6 +36,9 @@ def leave_one_out_bandwidth(support: Tensor, *, working_memory: int = WORKING_ME
     ----------
     support : Tensor of shape (n_samples, d)
         Whitened rows, finite, at least two.
+    left_out : sequence of slice or Tensor, default=None
+        Places of rows that are left out together, such as those of one fold of groups; None leaves out one row at a
+        time.
     working_memory : int, default=64 MiB
         As in `leave_one_out`.
 
@@ -56,7 +61,16 @@ def leave_one_out_bandwidth(support: Tensor, *, working_memory: int = WORKING_ME
 
     @cache
     def mean_left_out(log_h: float) -> float:
-        return float(leave_one_out(support, math.exp(log_h), working_memory=working_memory).double().mean())
+        h = math.exp(log_h)
+        if left_out is None:
+            return float(leave_one_out(support, h, working_memory=working_memory).double().mean())
+        total = 0.0
+        for where in left_out:
+            is_other = torch.ones(n, dtype=torch.bool, device=support.device)
+            is_other[where] = False
+            scores = log_density(support[where], support[is_other], h, working_memory=working_memory)
+            total += float(scores.double().sum())
+        return total / n
 
     is_held_out = torch.arange(n, device=support.device) % max(1, n // 512) == 0
     held_out, others = support[is_held_out], support[~is_held_out]
@@ -66,7 +80,9 @@ def leave_one_out_bandwidth(support: Tensor, *, working_memory: int = WORKING_ME
 
     low, high = math.log(scott_bandwidth(n, d) / 16), math.log(scott_bandwidth(n, d) * 4)
     step = (high - low) / 15
-    middle = _peak([low + step * i for i in range(16)], mean_held_out if n >= 2048 else mean_left_out)
+    middle = _peak(
+        [low + step * i for i in range(16)], mean_held_out if n >= 2048 and left_out is None else mean_left_out
+    )
     points = [middle - step / 3, middle, middle + step / 3]
     while (best := max(points, key=mean_left_out)) in (points[0], points[-1]) and low < best < high:
         points = sorted([*points, 2 * best - points[1 if best == points[0] else -2]])

@@ -143,7 +143,7 @@ def test_the_header_says_what_the_file_needs(tmp_path):
     detector = DFKDEDetector.original(tiny(layers="layer2"), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     header = header_of(tmp_path / "d")
-    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 2)
+    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 3)
     assert header["versions"].keys() >= {"dfkde-sklearn", "numpy", "scikit-learn", "timm", "torch", "python"}
     fitted = header["extractor"]["fitted"]
     assert fitted["backbone_name_"] == detector.features_.backbone_name_
@@ -213,7 +213,7 @@ def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / "weights")
     (tmp_path / "pickle").write_bytes(pickle.dumps(DFKDEDetector.original()))
     for name in ("weights", "pickle"):
-        with pytest.raises(ValueError, match=re.escape("not a file of DFKDEDetector.save")):
+        with pytest.raises(ValueError, match=re.escape("not a file of a detector's save")):
             DFKDEDetector.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         DFKDEDetector.load(tmp_path / "nothing")
@@ -221,8 +221,8 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_newer_format_is_refused_with_the_way_out(tmp_path):
     small_file(tmp_path / "d")
-    rewrite(tmp_path / "d", format_version=3)
-    with pytest.raises(ValueError, match=r"format version 3.*reads up to 2\. Install a newer one"):
+    rewrite(tmp_path / "d", format_version=4)
+    with pytest.raises(ValueError, match=r"format version 4.*reads up to 3\. Install a newer one"):
         DFKDEDetector.load(tmp_path / "d")
 
 
@@ -254,7 +254,11 @@ def test_the_format_before_the_first_release_is_refused_with_the_way_out(tmp_pat
         ),
         (
             {
-                "extractor": {"class": "ScatteringFeatures", "parameters": {}, "fitted": {"n_features_out_": 5}},
+                "extractor": {
+                    "class": "ScatteringFeatures",
+                    "parameters": {},
+                    "fitted": {"n_features_out_": 5, "grid_shape_": None},
+                },
                 "features": "extractor",
             },
             "different numbers of features",

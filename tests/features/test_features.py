@@ -939,7 +939,7 @@ def test_fitted_state_is_small_and_plain(images):
     before = copy.deepcopy(features.__dict__)
     features.transform(images)
     assert features.__dict__ == before
-    plain = (str, int, float, type(None))
+    plain = (str, int, float, list, type(None))
     for name, value in features.__dict__.items():
         if name.endswith("_"):
             values = value if isinstance(value, list | tuple) else [value]

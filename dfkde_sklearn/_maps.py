@@ -1,0 +1,41 @@
+"""Maps of log densities: from the positions of a grid to the pixels of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+from torch.nn.functional import interpolate
+
+# Steps between two positions, at which maps are smoothed, and the width of the smoothing in units of a position: a
+# quarter, 4 pixels of a map of stride 16.
+FINE = 8
+_SIGMA = 0.25
+
+
+def fine_maps(maps: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return maps (n, h, w) at eight times as many positions along each axis, smoothed.
+
+    Bilinear interpolation between the positions, and a Gaussian filter whose standard deviation is a quarter of the
+    distance between two of them. A map of one position is constant.
+    """
+    steps = tuple(FINE if length > 1 else 1 for length in maps.shape[1:])
+    shape = (maps.shape[1] * steps[0], maps.shape[2] * steps[1])
+    fine = resized(maps, shape)
+    sigmas = (0.0, *(_SIGMA * step if step > 1 else 0.0 for step in steps))
+    return gaussian_filter(fine, sigmas, mode="nearest")
+
+
+def image_maps(maps: NDArray[np.floating], shapes: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.floating]]:
+    """Yield each of the maps (n, h, w) in the pixels (height, width) of its image."""
+    for i, shape in enumerate(shapes):
+        yield resized(fine_maps(maps[i : i + 1]), shape)[0]
+
+
+def resized(maps: NDArray[np.floating], shape: tuple[int, int]) -> NDArray[np.floating]:
+    """Return maps (n, h, w) by bilinear interpolation at the centres of the pixels of another shape."""
+    tensor = torch.from_numpy(np.ascontiguousarray(maps))[:, None]
+    return interpolate(tensor, size=shape, mode="bilinear", align_corners=False)[:, 0].numpy()
