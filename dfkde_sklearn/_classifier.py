@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, _fit_context, clone, is_outlier_detector
 from sklearn.utils import Tags, _safe_indexing, get_tags, indexable
+from sklearn.utils._metadata_requests import _routing_enabled
 from sklearn.utils._param_validation import HasMethods
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import _check_method_params, check_is_fitted, column_or_1d
 
 # Training rows whose predictions are checked after the fit: hardly any detector calls all of them anomalous.
 _N_CHECKED = 20
@@ -112,7 +114,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.normal_label = normal_label
 
     @_fit_context(prefer_skip_nested_validation=False)
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, **fit_params: Any) -> Self:
         """Fit the detector to the rows that are not labelled anomalous.
 
         Parameters
@@ -121,6 +123,9 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             What the detector takes, one row or image for each label: a table, or a list of paths, but not a folder.
         y : array-like of shape (n_samples,)
             Labels of two kinds, `anomaly_label` one of them; with `normal_label` of two or more, that one of them.
+        **fit_params : dict
+            What the detector's ``fit`` takes, such as `groups`, one entry for each row of X: it gets those of the
+            normal rows. With scikit-learn's metadata routing, what the detector requests.
 
         Returns
         -------
@@ -153,7 +158,10 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         y = self._binary(y)
         self.classes_ = self._classes(y)
         normal = np.flatnonzero(y == self.classes_[1 - self._anomalous])
-        self.detector_ = clone(self.detector).fit(_safe_indexing(X, normal))
+        if _routing_enabled():
+            fit_params = process_routing(self, "fit", **fit_params).detector.fit
+        of_normal = _check_method_params(X, fit_params, indices=normal)
+        self.detector_ = clone(self.detector).fit(_safe_indexing(X, normal), **of_normal)
         # At once: detectors that do not predict -1 and 1 mostly have a decision_function of the opposite sign.
         if not hasattr(self.detector_, "classes_"):
             self._checked(self.detector_.predict(_safe_indexing(X, normal[:_N_CHECKED])))
@@ -161,6 +169,18 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             if hasattr(self.detector_, attribute):
                 setattr(self, attribute, getattr(self.detector_, attribute))
         return self
+
+    def get_metadata_routing(self) -> MetadataRouter:
+        """Return what is passed on to the detector, by scikit-learn's metadata routing.
+
+        Returns
+        -------
+        MetadataRouter
+            ``fit`` passes on what the detector's ``fit`` requests.
+        """
+        mapping = MethodMapping().add(caller="fit", callee="fit")
+        router = MetadataRouter(owner=self).add_self_request(self)
+        return router.add(detector=self.detector, method_mapping=mapping)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the label of each row.

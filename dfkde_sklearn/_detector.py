@@ -582,6 +582,11 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         return self._validated(self.features_.fit_transform(X), reset=True)
 
     def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]:
+        if isinstance(X, np.ndarray) and X.ndim == 4 and self.features_ is not None:
+            raise ValueError(
+                f"features={self.features!r} returns features at {X.shape[1]} x {X.shape[2]} positions. Use "
+                "PatchDFKDEDetector, which has a density at each of them, or pool the positions, as with pooling='avg'."
+            )
         if not is_matrix(X):
             raise ValueError(
                 f"features={self.features!r} {'takes' if reset else 'was fitted on'} a feature matrix of shape "

@@ -5,7 +5,7 @@ import os
 import pytest
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector
 
 pytest.importorskip("pandas", reason="scikit-learn skips checks in silence without pandas")
 pytest.importorskip("polars", reason="scikit-learn skips checks in silence without polars")
@@ -29,6 +29,11 @@ SETTINGS = [
     {"n_components": 64},
     {"max_samples": 50},
 ]
+PATCH_SETTINGS = [{}, {"density": "gaussian"}, {"contamination": 0.1}, {"max_samples": 50}, {"normalization": 0.5}]
+ESTIMATORS = [
+    *(DFKDEDetector(**settings) for settings in SETTINGS),
+    *(PatchDFKDEDetector(**settings) for settings in PATCH_SETTINGS),
+]
 # The one check that runs only with an environment variable set before scipy is imported: .ci/run makes that pass.
 NEEDS_ARRAY_API = {"check_array_api_input"}
 # It wants fit_predict to be fit and predict, which calls nearly all rows of the fit normal, each by its own kernel.
@@ -36,10 +41,10 @@ NEEDS_ARRAY_API = {"check_array_api_input"}
 IN_SAMPLE = "check_outliers_fit_predict"
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_every_scikit_learn_check_passes_and_none_is_skipped(settings):
+@pytest.mark.parametrize("detector", ESTIMATORS, ids=str)
+def test_every_scikit_learn_check_passes_and_none_is_skipped(detector):
     skipped = set()
-    for estimator, check in estimator_checks_generator(DFKDEDetector(**settings)):
+    for estimator, check in estimator_checks_generator(detector):
         is_in_sample = check.func.__name__ == IN_SAMPLE and estimator.contamination == "auto"
         try:
             if is_in_sample:

@@ -1,0 +1,136 @@
+"""Groups: rows of one part are left out of every fit together."""
+
+import numpy as np
+import pytest
+from sklearn import config_context
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dfkde_sklearn import AnomalyClassifier, DFKDEDetector, PatchDFKDEDetector
+from dfkde_sklearn._groups import with_copies
+
+
+def parts(n_parts=12, n_exposures=5, n_features=8, seed=0):
+    """Return rows of parts, of which each was photographed several times, and the part of each row."""
+    rng = np.random.default_rng(seed)
+    of_part = rng.normal(size=(n_parts, 1, n_features))
+    rows = of_part + 0.05 * rng.normal(size=(n_parts, n_exposures, n_features))
+    return rows.reshape(-1, n_features), np.repeat([f"part {i}" for i in range(n_parts)], n_exposures)
+
+
+X, GROUPS = parts()
+SETTINGS = {"n_components": 3, "residual": None}
+
+
+def test_calibration_scores_are_those_of_fits_without_the_group():
+    detector = DFKDEDetector(**SETTINGS).fit(X, groups=GROUPS)
+    for part in np.unique(GROUPS):
+        is_held_out = part == GROUPS
+        without = DFKDEDetector(**SETTINGS).fit(X[~is_held_out], groups=GROUPS[~is_held_out])
+        np.testing.assert_allclose(
+            detector.calibration_scores_[is_held_out], without.score_samples(X[is_held_out]), rtol=1e-9
+        )
+
+
+def test_the_order_of_rows_does_not_matter():
+    order = np.random.default_rng(1).permutation(len(X))
+    shuffled = DFKDEDetector(**SETTINGS).fit(X[order], groups=GROUPS[order])
+    expected = DFKDEDetector(**SETTINGS).fit(X, groups=GROUPS).calibration_scores_[order]
+    np.testing.assert_allclose(shuffled.calibration_scores_, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_new_parts_keep_the_rate_only_with_groups(kind):
+    train, groups = parts(60, 5)
+    new, _ = parts(400, 1, seed=1)
+    with_groups = (kind().fit(train, groups=groups).predict(new) == -1).mean()
+    without = (kind().fit(train[np.random.default_rng(0).permutation(300)]).predict(new) == -1).mean()
+    assert with_groups < 0.13
+    assert without > 0.5
+
+
+def test_bandwidth_loo_leaves_out_whole_groups():
+    grouped = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X, groups=GROUPS)
+    single = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X)
+    assert grouped.bandwidth_ > 3 * single.bandwidth_
+
+    def held_out(h):
+        """Return the mean log density of the rows by the kernels of other parts."""
+        centers = grouped.kernel_centers_
+        distances = ((centers[:, None] - centers[None]) ** 2).sum(2)
+        logs = np.where(GROUPS[:, None] == GROUPS, -np.inf, -distances / (2 * h**2))
+        counts = (GROUPS[:, None] != GROUPS).sum(1)
+        return (np.logaddexp.reduce(logs, axis=1) - np.log(counts) - 3 * np.log(h)).mean()
+
+    grid = grouped.bandwidth_ * np.array([0.9, 0.97, 1.0, 1.03, 1.1])
+    assert np.argmax([held_out(h) for h in grid]) in (1, 2, 3)
+
+
+def test_auto_components_are_chosen_by_new_parts():
+    train, groups = parts(30, 5, n_features=40)
+    alone = DFKDEDetector().fit(train[np.random.default_rng(0).permutation(150)])
+    grouped = DFKDEDetector().fit(train, groups=groups)
+    assert grouped.n_components_ < alone.n_components_
+
+
+def test_groups_that_share_a_copy_are_one():
+    table = np.arange(12.0).reshape(6, 2)
+    table[4] = table[1]
+    numbers = with_copies(["a", "a", "b", "b", "c", "d"], table)
+    assert numbers.tolist() == [0, 0, 2, 2, 0, 5]
+
+
+def test_labels_may_be_of_any_kind():
+    expected = DFKDEDetector(**SETTINGS).fit(X, groups=GROUPS).calibration_scores_
+    numbers = np.unique(GROUPS, return_inverse=True)[1]
+    for groups in (GROUPS.tolist(), GROUPS.astype(object), numbers, numbers * 0.5):
+        detector = DFKDEDetector(**SETTINGS).fit(X, groups=groups)
+        np.testing.assert_allclose(detector.calibration_scores_, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (GROUPS[:-1], r"groups has 59 labels, and X has 60"),
+        (["a"] * 60, r"all 60 rows are one group"),
+        ([*GROUPS[:-1].tolist(), None], r"groups\[59\] is None: 1 of 60 labels are missing"),
+        ([np.nan, *range(59)], r"groups\[0\] is nan: 1 of 60"),
+        (np.zeros((60, 2)), "y should be a 1d array"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        DFKDEDetector().fit(X, groups=groups)
+
+
+def test_groups_are_routed_through_pipelines_and_searches():
+    with config_context(enable_metadata_routing=True):
+        detector = DFKDEDetector(**SETTINGS).set_fit_request(groups=True)
+        pipeline = make_pipeline(StandardScaler(), detector).fit(X, groups=GROUPS)
+        scaled = StandardScaler().fit_transform(X)
+        expected = DFKDEDetector(**SETTINGS).fit(scaled, groups=GROUPS)
+        np.testing.assert_array_equal(pipeline[-1].calibration_scores_, expected.calibration_scores_)
+        search = GridSearchCV(detector, {"n_components": [1, 2]}, cv=GroupKFold(3)).fit(X, groups=GROUPS)
+        n_components = search.best_params_["n_components"]
+        expected = DFKDEDetector(n_components=n_components, residual=None).fit(X, groups=GROUPS)
+        np.testing.assert_array_equal(search.best_estimator_.calibration_scores_, expected.calibration_scores_)
+        fitted = cross_validate(
+            detector, X, cv=GroupKFold(3), params={"groups": GROUPS}, return_estimator=True, return_indices=True
+        )
+        for estimator, train in zip(fitted["estimator"], fitted["indices"]["train"], strict=True):
+            expected = DFKDEDetector(**SETTINGS).fit(X[train], groups=GROUPS[train])
+            np.testing.assert_array_equal(estimator.calibration_scores_, expected.calibration_scores_)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_the_classifier_gives_its_detector_the_groups_of_normal_rows(routed):
+    y = np.zeros(60, int)
+    y[::7] = 1
+    with config_context(enable_metadata_routing=routed):
+        detector = DFKDEDetector(**SETTINGS)
+        if routed:
+            detector.set_fit_request(groups=True)
+        classifier = AnomalyClassifier(detector).fit(X, y, groups=GROUPS)
+    expected = DFKDEDetector(**SETTINGS).fit(X[y == 0], groups=GROUPS[y == 0])
+    np.testing.assert_array_equal(classifier.detector_.calibration_scores_, expected.calibration_scores_)
