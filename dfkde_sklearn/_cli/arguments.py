@@ -10,10 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector
 
-# The defaults of the command line are those of the detector.
+# The detectors by their names on the command line.
+POSITIONS, POOLED = "positions", "pooled"
+DETECTORS = {POSITIONS: PatchDFKDEDetector, POOLED: DFKDEDetector}
+# The defaults of the command line are those of the detectors.
 DEFAULTS = DFKDEDetector().get_params(deep=False)
+PATCH_DEFAULTS = PatchDFKDEDetector().get_params(deep=False)
 # The residual terms by their names on the command line.
 RESIDUALS = {"none": None, "gaussian": "gaussian", "box": "box"}
 
@@ -22,19 +26,31 @@ def add_detector_arguments(command: argparse.ArgumentParser) -> Any:
     """Add the parameters of the detector, and return the group of those that set the threshold: one of them holds."""
     group = command.add_argument_group("the detector")
     group.add_argument(
+        "--detector",
+        choices=list(DETECTORS),
+        default=POSITIONS,
+        help="'positions': a density at every position, which says where a defect is, for parts that lie alike in all "
+        "images; 'pooled': one density of the whole image's features (default: %(default)s)",
+    )
+    residual = next(name for name, residual in RESIDUALS.items() if residual == DEFAULTS["residual"])
+    group.add_argument(
         "--n-components",
         type=_n_components,
-        default=DEFAULTS["n_components"],
         metavar="N",
-        help="principal components to keep: at most N; a share of the variance, between 0 and 1; or 'auto', as many "
-        "as hold for new images (default: %(default)s)",
+        help="of the pooled detector: principal components to keep, at most N; a share of the variance, between 0 and "
+        f"1; or 'auto', as many as hold for new images (default: {DEFAULTS['n_components']})",
     )
     group.add_argument(
         "--residual",
         choices=list(RESIDUALS),
-        default=next(name for name, residual in RESIDUALS.items() if residual == DEFAULTS["residual"]),
-        help="the score of an image's distance from the principal axes: 'gaussian', as in probabilistic PCA; 'box', "
-        "weighted by its effective dimension; or 'none' (default: %(default)s)",
+        help="of the pooled detector: the score of an image's distance from the principal axes: 'gaussian', as in "
+        f"probabilistic PCA; 'box', weighted by its effective dimension; or 'none' (default: {residual})",
+    )
+    group.add_argument(
+        "--flips",
+        choices=("none", "horizontal", "all"),
+        help="of the detector of positions: average the features of an image with those of its mirror image, in two "
+        "passes of the network, or of all its flips, in four (default: none)",
     )
     threshold = group.add_mutually_exclusive_group()
     threshold.add_argument(
@@ -48,12 +64,19 @@ def add_detector_arguments(command: argparse.ArgumentParser) -> Any:
 
 
 def detector_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the parameters of `DFKDEDetector` that `add_detector_arguments` declares."""
-    return {
-        "n_components": options.n_components,
-        "residual": RESIDUALS[options.residual],
-        "target_fpr": options.target_fpr,
-    }
+    """Return the parameters of the detector that `add_detector_arguments` declares."""
+    of_other = {POSITIONS: ("n_components", "residual"), POOLED: ("flips",)}[options.detector]
+    for name in given(options, *of_other):
+        raise ValueError(
+            f"--{name.replace('_', '-')} is for the other detector, and this is --detector {options.detector}. Leave "
+            "it out, or choose the other one."
+        )
+    parameters = given(options, "n_components", "flips") | {"target_fpr": options.target_fpr}
+    if options.residual is not None:
+        parameters["residual"] = RESIDUALS[options.residual]
+    if parameters.get("flips") == "none":
+        parameters["flips"] = None
+    return parameters
 
 
 def add_run_arguments(group: Any) -> None:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from sklearn.utils import Bunch
 
-from dfkde_sklearn import Assessment, DFKDEDetector, ScatteringFeatures, datasets
-from dfkde_sklearn._cli.arguments import add_detector_arguments, add_output_arguments, detector_parameters
+from dfkde_sklearn import Assessment, PatchDFKDEDetector, ScatteringFeatures, datasets
+from dfkde_sklearn._cli.arguments import (
+    DETECTORS,
+    POSITIONS,
+    add_detector_arguments,
+    add_output_arguments,
+    detector_parameters,
+)
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, check_png, png, write_new
 from dfkde_sklearn._cli.output import numbers, percent, print_facts, print_line, print_table, say, shows_progress
 from dfkde_sklearn._cli.summary import N_WORST, detector_facts, quality_facts, worst_first
 from dfkde_sklearn._report.contact_sheet import COLUMNS, Section, Tile, contact_sheet
+from dfkde_sklearn._report.overlay import overlay
 from dfkde_sklearn.datasets._surfaces import MATERIALS
 
 PICTURE = "dfkde-demo.png"
@@ -75,19 +84,33 @@ def run(options: argparse.Namespace) -> int:
     if options.images is not None:
         datasets.write_mvtec_folder(data, options.images)
     say(options, "2/4 Fitting the detector")
-    features = ScatteringFeatures(verbose=shows_progress(options))
-    detector = DFKDEDetector(features, **detector_parameters(options)).fit(data.X_train)
+    features = ScatteringFeatures(
+        pooling=None if options.detector == POSITIONS else "statistics", verbose=shows_progress(options)
+    )
+    detector = DETECTORS[options.detector](features, **detector_parameters(options)).fit(data.X_train)
     say(options, f"3/4 Scoring the {n_test} test images")
-    assessment = detector.assess(data.X_test)
+    pictures = [Image.fromarray(image) for image in data.X_test]
+    if isinstance(detector, PatchDFKDEDetector):
+        assessment, maps = detector.assess_with_maps(data.X_test)
+        pictures = [
+            overlay(picture, of_image, detector.map_offset_, detector.threshold_steepness)
+            for picture, of_image in zip(pictures, maps, strict=True)
+        ]
+        pixels = roc_auc_score(data.masks_test.ravel(), -np.concatenate([of_image.ravel() for of_image in maps]))
+    else:
+        assessment, pixels = detector.assess(data.X_test), None
     say(options, "4/4 Drawing the picture")
     quality = quality_facts(assessment, data.y_test, data.defects_test)
+    if pixels is not None:
+        quality["AUROC of pixels"] = f"{pixels:.3f}"
     sheet = contact_sheet(
         f"dfkde demo: {material}",
         [
             *(f"{name}: {value}" for name, value in quality.items()),
             "Bars: red is called anomalous, green is called normal. Orange lines: the true defects.",
+            *(["Red, within yellow lines: the positions that the detector calls anomalous."] if pixels else []),
         ],
-        _sections(data, assessment),
+        _sections(data, pictures, assessment),
     )
     write_new(picture, png(sheet), replace)
 
@@ -130,11 +153,11 @@ def _picture_file(out: Path | None, force: bool) -> tuple[Path, bool]:
     return out / PICTURE, True
 
 
-def _sections(data: Bunch, assessment: Assessment) -> list[Section]:
+def _sections(data: Bunch, pictures: Sequence[Image.Image], assessment: Assessment) -> list[Section]:
     def tiles(indices: Iterable[int]) -> list[Tile]:
         return [
             Tile(
-                Image.fromarray(data.X_test[i]),
+                pictures[i],
                 f"{data.defects_test[i]} ({i})",
                 f"score {assessment.log_density[i]:.1f}, P {assessment.p_anomalous[i]:.2f}",
                 bool(assessment.label[i] == -1),

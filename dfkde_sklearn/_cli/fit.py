@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 from sklearn.utils import Bunch
 
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures, datasets
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures, TimmFeatures, datasets
 from dfkde_sklearn._cli.arguments import (
     DEFAULTS,
+    DETECTORS,
+    PATCH_DEFAULTS,
+    POSITIONS,
     add_detector_arguments,
     add_output_arguments,
     add_run_arguments,
@@ -23,6 +26,7 @@ from dfkde_sklearn._cli.arguments import (
 )
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, image_paths
+from dfkde_sklearn._cli.groups import image_groups
 from dfkde_sklearn._cli.output import percent, print_facts, print_heading, print_table, say, shows_progress
 from dfkde_sklearn._cli.summary import detector_facts, quality_facts
 from dfkde_sklearn._features.network import CROPS
@@ -71,7 +75,7 @@ def add_parser(commands: Any) -> None:
         "--layers",
         type=_layers,
         metavar="A,B,...",
-        help="layers of the backbone, each averaged over positions (default: its pooled embedding)",
+        help="layers of the backbone (default: those of stride 8 and 16; of the pooled detector its pooled embedding)",
     )
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width that images are resized to")
     group.add_argument(
@@ -99,8 +103,15 @@ def add_parser(commands: Any) -> None:
         "--seed",
         type=int,
         default=0,
-        help=f"determines which images are used if there are more than {DEFAULTS['max_samples']} (default: "
-        "%(default)s)",
+        help=f"determines which images are used if there are more than {PATCH_DEFAULTS['max_samples']}, with the "
+        f"pooled detector {DEFAULTS['max_samples']} (default: %(default)s)",
+    )
+    command.add_argument(
+        "--groups",
+        metavar="RULE",
+        help="which images show the same part, so that the threshold holds for new parts: 'folder', those in one "
+        "folder; FILE.csv, a table with the columns path and group; or a regular expression for the path of an image "
+        "below FOLDER, whose parentheses enclose the name of the part, such as '(part[0-9]+)_'",
     )
     add_output_arguments(command)
 
@@ -109,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     check_new(options.model, options.force)
     train, test = _training_images(options.folder)
-    detector = DFKDEDetector(
+    groups = None if options.groups is None else image_groups(options.groups, train, options.folder)
+    detector = DETECTORS[options.detector](
         _feature_extractor(options),
         **detector_parameters(options),
         **given(options, "contamination"),
@@ -119,9 +131,11 @@ def run(options: argparse.Namespace) -> int:
     # The number of folders is printed, since sub-folders of defects among the good images would go unnoticed.
     n_folders = len({Path(path).parent for path in train})
     source = f"{len(train)} images in {n_folders} folder{'s' * (n_folders > 1)}"
+    if groups is not None:
+        source += f", of {len(set(groups))} parts"
     say(options, f"Fitting a detector to {source}")
     with weights_advice("On the command line: --weights FILE, or --features scattering, which needs no weights."):
-        detector.fit(train)
+        detector.fit(train, groups=groups)
     _save(detector, options.model, options.force)
 
     print_facts(
@@ -166,6 +180,8 @@ def _feature_extractor(options: argparse.Namespace) -> ScatteringFeatures | Timm
         options, "layers", "weights", "crop", "image_size", "white_level", "batch_size", "cache", "device"
     )
     parameters["verbose"] = shows_progress(options)
+    if options.detector == POSITIONS:
+        parameters["pooling"] = None
     if options.features != "scattering":
         if "weights" in parameters:
             # The model may be used from another folder.
@@ -177,7 +193,7 @@ def _feature_extractor(options: argparse.Namespace) -> ScatteringFeatures | Timm
     return ScatteringFeatures(**parameters)
 
 
-def _save(detector: DFKDEDetector, path: Path, force: bool) -> None:
+def _save(detector: DFKDEDetector | PatchDFKDEDetector, path: Path, force: bool) -> None:
     check_new(path, force)
     saved = copy.copy(detector)
     extractor: Any = copy.copy(detector.features_)

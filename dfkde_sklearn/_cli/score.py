@@ -6,13 +6,16 @@ import argparse
 import csv
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-from dfkde_sklearn import Assessment, DFKDEDetector
+from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
 from dfkde_sklearn._cli.arguments import add_output_arguments, add_run_arguments, given, weights_advice
 from dfkde_sklearn._cli.exit_codes import DONE, FAILED, NOT_ALL_NORMAL
 from dfkde_sklearn._cli.files import check_new, check_png, image_paths, png, write_new
@@ -26,12 +29,16 @@ from dfkde_sklearn._cli.output import (
     shows_progress,
 )
 from dfkde_sklearn._cli.summary import N_WORST, worst_first
+from dfkde_sklearn._deploy.saved import saved_class
 from dfkde_sklearn._images import as_images
+from dfkde_sklearn._maps import image_maps
 from dfkde_sklearn._report.contact_sheet import Section, Tile, contact_sheet
+from dfkde_sklearn._report.overlay import mask, overlay
 
 STDOUT = Path("-")
-# The first byte of a pickle.
-PICKLE = b"\x80"
+# A pickle starts with this byte, a protocol from 2 to 5, and an opcode; a file of ours with the length of its header,
+# which may have the same first bytes, but never as large a third one.
+_PICKLE, _PROTOCOLS, _LEAST_OPCODE = 0x80, range(2, 6), 0x20
 
 
 class _Row(NamedTuple):
@@ -72,6 +79,18 @@ def add_parser(commands: Any) -> None:
         "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
     )
     command.add_argument(
+        "--maps",
+        type=Path,
+        metavar="FOLDER",
+        help="also write into this folder, which is made if it does not exist, each image with its anomalous positions "
+        "in red: IMAGE.map.png; needs a detector of positions",
+    )
+    command.add_argument(
+        "--masks",
+        action="store_true",
+        help="with --maps, also write IMAGE.mask.png: white where the image is anomalous, else black",
+    )
+    command.add_argument(
         "--skip-broken",
         action="store_true",
         help="continue if an image cannot be read: it is reported on standard error, and is `broken` in the table",
@@ -94,12 +113,20 @@ def run(options: argparse.Namespace) -> int:
         check_png(options.sheet)
         if csv_file is not None and os.path.realpath(csv_file) == os.path.realpath(options.sheet):
             raise ValueError(f"{csv_file}: --csv and --sheet name the same file. Name two.")
+    if options.masks and options.maps is None:
+        raise ValueError("--masks writes into the folder of --maps. Give --maps FOLDER too.")
     # A file that two arguments name is scored once.
     paths = list(dict.fromkeys(path for images in options.images for path in image_paths(images)))
+    map_files = _map_files(options, paths)
     with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
         detector = _loaded_detector(options)
+        if options.maps is not None and not isinstance(detector, PatchDFKDEDetector):
+            raise ValueError(
+                f"MODEL {options.model} is a pooled detector, which has no maps. Leave --maps out, or fit a detector "
+                "of positions."
+            )
         say(options, f"Scoring {len(paths)} images")
-        assessment, broken = _assess(detector, paths, options.skip_broken)
+        assessment, grid_maps, broken = _assess(detector, paths, options.skip_broken)
     for reason in broken.values():
         print_message(f"dfkde score: skipped: {one_line(reason)}")
     readable = [path for path in paths if path not in broken]
@@ -114,10 +141,18 @@ def run(options: argparse.Namespace) -> int:
     # The files come before the table, so that they are written even if the reader of the table closes its pipe; and if
     # they cannot be written, on a full disk say, the table is printed all the same.
     failed = False
-    for path, content in (
+    outputs: list[tuple[Path | None, Callable[[], bytes]]] = [
         (csv_file, lambda: _csv(table)),
-        (options.sheet, lambda: _sheet(options.model.name, summary, by_score[:N_WORST])),
-    ):
+        (options.sheet, lambda: _sheet(options.model.name, summary, by_score[:N_WORST], shown)),
+    ]
+    shown: dict[str, _ShownMap] = {}
+    if isinstance(detector, PatchDFKDEDetector):
+        shown = {path: _ShownMap(detector, path, of_grid) for path, of_grid in zip(readable, grid_maps, strict=True)}
+    if options.maps is not None:
+        options.maps.mkdir(parents=True, exist_ok=True)
+        for path, of_image in shown.items():
+            outputs += zip(map_files[path], (of_image.overlay, of_image.mask), strict=False)
+    for path, content in outputs:
         try:
             if path is not None:
                 write_new(path, content(), options.force)
@@ -140,17 +175,61 @@ def run(options: argparse.Namespace) -> int:
     return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
 
 
-def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
+class _ShownMap:
+    """The pictures of the map of an image, made when they are written."""
+
+    def __init__(self, detector: PatchDFKDEDetector, path: str, of_grid: NDArray[np.floating]) -> None:
+        self.detector, self.path, self.of_grid = detector, path, of_grid
+
+    def picture(self) -> Image.Image:
+        """Return the image with its anomalous positions in red."""
+        picture = as_images(self.path)[0]
+        of_image = self._of_shape((picture.height, picture.width))
+        return overlay(picture, of_image, self.detector.map_offset_, self.detector.threshold_steepness)
+
+    def overlay(self) -> bytes:
+        """Return the same as a PNG."""
+        return png(self.picture())
+
+    def mask(self) -> bytes:
+        """Return the anomalous positions as a PNG."""
+        return png(mask(self._of_shape(as_images(self.path).shape(0)), self.detector.map_offset_))
+
+    def _of_shape(self, shape: tuple[int, int]) -> NDArray[np.floating]:
+        return next(image_maps(self.of_grid[None], [shape]))
+
+
+def _map_files(options: argparse.Namespace, paths: list[str]) -> dict[str, list[Path]]:
+    """Return the files for the map of each image, none of which exists without --force."""
+    if options.maps is None:
+        return {}
+    kinds = ("map", "mask") if options.masks else ("map",)
+    # As in the folders that the images are in, where they are in several.
+    places = {path: Path(path).absolute() for path in paths}
+    root = os.path.commonpath([place.parent for place in places.values()])
+    files = {}
+    for path, place in places.items():
+        name = "_".join(place.relative_to(root).parts)
+        files[path] = [options.maps / f"{name}.{kind}.png" for kind in kinds]
+    if options.maps.exists():
+        for of_image in files.values():
+            for file in of_image:
+                check_new(file, options.force)
+    return files
+
+
+def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDetector:
     """Return the detector in the file MODEL, with the settings of the command line."""
     path = options.model
     if not path.is_file():
         raise FileNotFoundError(f"MODEL {path}: there is no such file.")
     try:
-        detector = DFKDEDetector.load(path, weights=options.weights, device=options.device, download=True)
+        kind = PatchDFKDEDetector if saved_class(path) == PatchDFKDEDetector.__name__ else DFKDEDetector
+        detector = kind.load(path, weights=options.weights, device=options.device, download=True)
     except ValueError as error:
         with path.open("rb") as file:
-            is_pickle = file.read(1) == PICKLE
-        if is_pickle:
+            start = [*file.read(3), 0, 0, 0]
+        if start[0] == _PICKLE and start[1] in _PROTOCOLS and start[2] >= _LEAST_OPCODE:
             raise ValueError(
                 f"MODEL {path} is a pickle, as joblib and earlier versions of dfkde fit write. Loading such a file "
                 "runs code that is in it, and dfkde no longer does: fit it again."
@@ -164,10 +243,21 @@ def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector:
     return detector
 
 
-def _assess(detector: DFKDEDetector, paths: list[str], skip_broken: bool) -> tuple[Assessment, dict[str, str]]:
-    """Return the assessment of the readable images, and the others with the reason: only skipped, else an error."""
+def _assess(
+    detector: DFKDEDetector | PatchDFKDEDetector, paths: list[str], skip_broken: bool
+) -> tuple[Assessment, Any, dict[str, str]]:
+    """Return the assessment of the readable images, their maps, and the others with the reason.
+
+    Those are skipped if that is asked for, else an error. The maps are on the grid, and None of a pooled detector.
+    """
+
+    def answers(images: list[str]) -> tuple[Assessment, Any]:
+        if isinstance(detector, PatchDFKDEDetector):
+            return detector.assess_with_maps(images, resolution="grid")
+        return detector.assess(images), None
+
     try:
-        return detector.assess(paths), {}
+        return *answers(paths), {}
     except (ValueError, OSError):
         # Most folders have no broken image: only where something is wrong is there a second pass.
         broken = _broken(paths) if skip_broken else {}
@@ -176,7 +266,7 @@ def _assess(detector: DFKDEDetector, paths: list[str], skip_broken: bool) -> tup
     readable = [path for path in paths if path not in broken]
     if not readable:
         raise ValueError(f"None of the {len(paths)} images can be read. {next(iter(broken.values()))}")
-    return detector.assess(readable), broken
+    return *answers(readable), broken
 
 
 def _broken(paths: list[str]) -> dict[str, str]:
@@ -201,11 +291,11 @@ def _csv(rows: list[_Row]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def _sheet(model: str, summary: str, rows: list[_Row]) -> bytes:
-    """Return a PNG of images, the least normal one first."""
+def _sheet(model: str, summary: str, rows: list[_Row], shown: dict[str, _ShownMap]) -> bytes:
+    """Return a PNG of images, the least normal one first, with their maps if there are any."""
     tiles = [
         Tile(
-            as_images(row.path)[0],
+            shown[row.path].picture() if shown else as_images(row.path)[0],
             row.path,
             f"{rank}: score {row.score:.1f}, P {row.p_anomalous:.2f}",
             row.verdict == "anomalous",
@@ -215,7 +305,11 @@ def _sheet(model: str, summary: str, rows: list[_Row]) -> bytes:
     return png(
         contact_sheet(
             f"dfkde score: {model}",
-            [summary, "Bars: red is called anomalous, green is called normal."],
+            [
+                summary,
+                "Bars: red is called anomalous, green is called normal.",
+                *(["Red, within yellow lines: the positions that are called anomalous."] if shown else []),
+            ],
             [Section(f"The {len(tiles)} least normal images", tiles)],
         )
     )

@@ -9,20 +9,29 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import Assessment, DFKDEDetector
+from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
 from dfkde_sklearn._cli.output import percent
 
 # Images that are listed or drawn as the most anomalous.
 N_WORST = 12
 
 
-def detector_facts(detector: DFKDEDetector) -> dict[str, str]:
+def detector_facts(detector: DFKDEDetector | PatchDFKDEDetector) -> dict[str, str]:
     """Return the parts of a fitted detector, and its threshold."""
     extractor: Any = detector.features_
+    threshold = f"score {detector.offset_:.2f} (a log density); images below it are called anomalous"
+    if isinstance(detector, DFKDEDetector):
+        parts = (
+            f"{detector.n_features_in_} features ({extractor.summary()}), {detector.n_components_} principal "
+            f"components, {detector.residual or 'no'} residual"
+        )
+        return {"Detector": parts, "Threshold": threshold}
+    h, w = detector.grid_shape_
     return {
-        "Detector": f"{detector.n_features_in_} features ({extractor.summary()}), {detector.n_components_} principal "
-        f"components, {detector.residual or 'no'} residual",
-        "Threshold": f"score {detector.offset_:.2f} (a log density); images below it are called anomalous",
+        "Detector": f"{h} x {w} positions of {len(detector.channel_scales_)} features ({extractor.summary()})",
+        "Threshold": threshold,
+        "Threshold of maps": f"{detector.map_offset_:.2f}; {percent(detector.target_map_fpr)} of the pixels of new "
+        "good images are expected below it",
     }
 
 

@@ -19,9 +19,10 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import DFKDEDetector, TimmFeatures
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, TimmFeatures
 from dfkde_sklearn._cli.arguments import detector_parameters
 from dfkde_sklearn._cli.main import main, parser
 from dfkde_sklearn._density.scoring import FeatureDensity
@@ -29,7 +30,7 @@ from dfkde_sklearn._features import scattering
 from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL
 from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
 
-SCATTERING = ("--features", "scattering", "--image-size", "64", "--residual", "box")
+SCATTERING = ("--features", "scattering", "--image-size", "64", "--detector", "pooled", "--residual", "box")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,7 +79,7 @@ def demo(tmp_path_factory):
 
 
 def fact(printed, name):
-    (line,) = (line for line in printed.splitlines() if line.startswith(name))
+    (line,) = (line for line in printed.splitlines() if line.startswith(f"{name}  "))
     return line.removeprefix(name).strip()
 
 
@@ -245,10 +246,10 @@ def test_a_backbone_and_its_layers_describe_the_images(textures, weights, tmp_pa
     monkeypatch.chdir(tmp_path)
     good = textures / "train" / "good"
     assert run("fit", good, "--features", "test_resnet", "--weights", weights.name, "--layers", "layer1,layer3") == 0
-    features = DFKDEDetector.load("dfkde-model.safetensors").features_
+    features = PatchDFKDEDetector.load("dfkde-model.safetensors").features_
     assert features.layers_ == ["layer1", "layer3"]
     described = fact(capsys.readouterr().out, "Detector")
-    assert described.startswith(f"{features.n_features_out_} features (test_resnet.r160_in1k, layer1, layer3)")
+    assert described == "10 x 10 positions of 224 features (test_resnet.r160_in1k, layer1, layer3)"
     # The model knows where the weights are, wherever it is used.
     monkeypatch.chdir(textures)
     assert run("score", tmp_path / "dfkde-model.safetensors", Path("test", "good")) == 0
@@ -259,7 +260,7 @@ def test_the_crop_of_the_backbone_can_be_chosen(crop, textures, weights, tmp_pat
     chosen = () if crop is None else ("--crop", crop)
     arguments = ("--features", "test_resnet", "--weights", weights, "--model", tmp_path / "model", *chosen)
     assert run("fit", textures / "train" / "good", *arguments) == 0
-    features = DFKDEDetector.load(tmp_path / "model").features_
+    features = PatchDFKDEDetector.load(tmp_path / "model").features_
     assert features.crop == features.crop_mode_ == (crop or TimmFeatures().crop)
 
 
@@ -349,8 +350,106 @@ def test_an_image_costs_one_pass_of_the_extractor_and_one_evaluation_of_the_dens
 @pytest.mark.parametrize("command", ["demo", "fit"])
 def test_the_defaults_are_those_of_the_detector(command):
     options = parser().parse_args([command, "folder"][: 1 + (command == "fit")])
-    defaults = DFKDEDetector().get_params()
-    assert detector_parameters(options) == {name: defaults[name] for name in ("n_components", "residual", "target_fpr")}
+    given = detector_parameters(options)
+    for kind in (DFKDEDetector, PatchDFKDEDetector):
+        assert kind(**given).get_params() == kind().get_params()
+
+
+# Maps and groups
+
+
+@pytest.fixture(scope="module")
+def positions(textures, tmp_path_factory):
+    """A model of the good images, with a density at every position."""
+    model = tmp_path_factory.mktemp("positions") / "knit.safetensors"
+    assert (
+        run("fit", textures / "train" / "good", "--features", "scattering", "--image-size", "64", "--model", model) == 0
+    )
+    return model
+
+
+def test_maps_show_where_the_defects_are(positions, textures, tmp_path):
+    folder = tmp_path / "maps"
+    assert run("score", positions, textures / "test", "--maps", folder, "--masks", "--csv", tmp_path / "t.csv") == 0
+    verdicts = {Path(row["path"]): row["verdict"] for row in rows_of(tmp_path / "t.csv")}
+    assert len(list(folder.iterdir())) == 2 * len(verdicts) == 80
+    detector = PatchDFKDEDetector.load(positions)
+    holes = sorted(path for path in verdicts if path.parent.name == "hole")
+    maps = detector.anomaly_maps(holes)
+    overlaps = []
+    for path, of_image in zip(holes, maps, strict=True):
+        found = np.asarray(Image.open(folder / f"hole_{path.name}.mask.png"))
+        np.testing.assert_array_equal(found, np.where(of_image < detector.map_offset_, 255, 0))
+        true = np.asarray(Image.open(textures / "ground_truth" / "hole" / f"{path.stem}_mask.png")) > 0
+        overlaps.append((found[true] == 255).mean())
+        with Image.open(folder / f"hole_{path.name}.map.png") as shown, Image.open(path) as picture:
+            assert shown.size == picture.size
+            assert shown.mode == "RGB"
+    assert np.mean(overlaps) > 0.5
+    assert sum(verdicts[path] == "anomalous" for path in holes) >= 15
+
+
+def test_existing_maps_are_kept_unless_forced(positions, textures, tmp_path, capsys):
+    good = textures / "test" / "good"
+    assert run("score", positions, good, "--maps", tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run("score", positions, good, "--maps", tmp_path) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run("score", positions, good, "--maps", tmp_path, "--force") == 0
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_one_pass_gives_the_table_the_sheet_and_the_maps(positions, textures, tmp_path, monkeypatch):
+    passes = []
+    rows = scattering.ScatteringFeatures._rows
+    monkeypatch.setattr(
+        scattering.ScatteringFeatures, "_rows", lambda self, batch: passes.append(len(batch)) or rows(self, batch)
+    )
+    arguments = ("--maps", tmp_path / "maps", "--masks", "--sheet", tmp_path / "s.png", "--csv", tmp_path / "t.csv")
+    assert run("score", positions, textures / "test", *arguments) == 0
+    assert sum(passes) == 40
+
+
+@pytest.fixture
+def exposures(tmp_path):
+    """A folder of three parts at several exposures, and the part of each image."""
+    data = make_textures(9, 1, material="leather", image_size=64, random_state=0)
+    folder, groups = tmp_path / "parts", {}
+    for i, image in enumerate(data.X_train):
+        path = folder / f"part{i % 3}" / f"part{i % 3}_exp{i // 3}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        groups[path] = f"part{i % 3}"
+    with (tmp_path / "groups.csv").open("w") as table:
+        table.write("path,group\n")
+        table.writelines(f"{path.relative_to(folder).as_posix()},{group}\n" for path, group in groups.items())
+    return folder, groups
+
+
+@pytest.mark.parametrize("rule", ["folder", "{table}", r"part[0-9]", r"(part\d)_exp\d"])
+@pytest.mark.parametrize("kind", ["positions", "pooled"])
+def test_groups_are_what_the_rule_says(rule, kind, exposures, tmp_path, capsys):
+    folder, groups = exposures
+    rule = rule.format(table=tmp_path / "groups.csv") if "table" in rule else rule
+    arguments = ("--features", "scattering", "--image-size", "64", "--detector", kind, "--model", tmp_path / "model")
+    assert run("fit", folder, *arguments, "--groups", rule) == 0
+    assert "of 3 parts" in fact(capsys.readouterr().out, "Training")
+    detector = {"positions": PatchDFKDEDetector, "pooled": DFKDEDetector}[kind].load(tmp_path / "model")
+    paths = sorted(map(str, groups))
+    expected = clone(detector).fit(paths, groups=[groups[Path(path)] for path in paths])
+    np.testing.assert_allclose(detector.calibration_scores_, expected.calibration_scores_, rtol=1e-6)
+
+
+def test_an_image_that_the_table_lacks_is_named(exposures, tmp_path, capsys):
+    folder, _ = exposures
+    table = tmp_path / "groups.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    assert run("fit", folder, "--features", "scattering", "--groups", table, "--model", tmp_path / "m") == 2
+    assert re.search("names no group for .*part2_exp2.png .1 of 9 images", capsys.readouterr().err)
+    table.write_text("file,part\n")
+    assert run("fit", folder, "--features", "scattering", "--groups", table, "--model", tmp_path / "m") == 2
+    assert "needed are path and group" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
 
 
 # Files
@@ -454,14 +553,22 @@ MISTAKES = {
     "fit {odd}/missing": "missing is not a folder",
     "fit {model}": "is not a folder",
     "fit {odd}/none": "no image file in the folder",
-    "fit {odd}/single --features scattering": "minimum of 2 is required",
+    "fit {odd}/single --features scattering": "minimum of 3 is required",
     "fit {odd}/several": "It holds several categories, load one of them: 'one'",
     "fit {odd}/tested": "has no folder train/good",
     "fit {images} --features resnet1": "is not a model of timm",
     "fit {images} --features test_resnet --weights no.safetensors": "no.safetensors': there is no such file",
     "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
     "fit {images} --features scattering --crop center": "--crop is for a backbone",
-    "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of DFKDEDetector must be",
+    "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of PatchDFKDEDetector must be",
+    "fit {images} --features scattering --residual box": "--residual is for the other detector",
+    "fit {images} --detector pooled --flips all": "--flips is for the other detector",
+    "fit {images} --features scattering --groups (": r"--groups '\(' is not a regular expression",
+    "fit {images} --features scattering --groups x[0-9]y": "does not match train/good/.*60 of 60 images",
+    "fit {images} --features scattering --groups no.csv": "no.csv",
+    "fit {images} --features scattering --groups folder": "all 60 rows are one group",
+    "score {model} {images} --maps maps": "is a pooled detector, which has no maps",
+    "score {model} {images} --masks": "Give --maps FOLDER too",
     "fit {images} --features scattering --device tpu9": "device='tpu9'",
     "fit {images} --features scattering --device meta": "device='meta'. Allowed: 'cpu', 'cuda'",
     "score {model} {images} --device xpu": "device='xpu'. Allowed: 'cpu', 'cuda'",
@@ -472,10 +579,10 @@ MISTAKES = {
     "fit {images} --model no/where": "there is no folder no",
     "fit {images} --model {odd} --force": "is a folder. Name a file.",
     "score {odd}/missing {images}": "MODEL .*missing: there is no such file",
-    "score {odd}/text {images}": "is not a file of DFKDEDetector.save",
-    "score {odd}/single/000.png {images}": "is not a file of DFKDEDetector.save",
+    "score {odd}/text {images}": "is not a file of a detector's save",
+    "score {odd}/single/000.png {images}": "is not a file of a detector's save",
     "score {odd}/cut {images}": "or it is damaged",
-    "score {odd}/weights {images}": "is not a file of DFKDEDetector.save",
+    "score {odd}/weights {images}": "is not a file of a detector's save",
     "score {odd}/older {images}": "is a pickle.*fit it again",
     "score {odd}/matrix {images}": "fitted on a feature matrix",
     "score {model} {odd}/missing.png": "missing.png' is neither a folder nor a file",
