@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dfkde_sklearn import datasets
+    from dfkde_sklearn import datasets, metrics
     from dfkde_sklearn._calibration import Assessment
     from dfkde_sklearn._classifier import AnomalyClassifier
     from dfkde_sklearn._deploy.model import DfkdeModel
@@ -27,6 +27,7 @@ __all__ = [
     "cache_size",
     "clear_cache",
     "datasets",
+    "metrics",
 ]
 
 __version__ = "0.1.0"
@@ -47,8 +48,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # At the first use: to import PyTorch takes seconds, in which `dfkde` has to be able to end without a traceback.
-    if name == "datasets":
-        return import_module("dfkde_sklearn.datasets")
+    if name in {"datasets", "metrics"}:
+        return import_module(f"dfkde_sklearn.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'dfkde_sklearn' has no attribute {name!r}")
     value = getattr(import_module(f"dfkde_sklearn.{_MODULES[name]}"), name)

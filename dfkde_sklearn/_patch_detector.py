@@ -45,6 +45,8 @@ _N_FOLDS = 10
 _MIN_IMAGES = 3
 # Images scored at a time, so that their copies take little memory.
 _IMAGES = 256
+# The normalisation of features of networks with "auto".
+_OF_NETWORKS = 0.5
 # Images whose out-of-fold maps set the maps' threshold, at most: each has thousands of pixels.
 _MAP_IMAGES = 500
 # Axes of an image (height, width, colour) that are reversed for each pass beside that of the image itself.
@@ -72,12 +74,13 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     bandwidth : {"scott", "silverman"} or float, default="scott"
         The factor h; the kernel covariance is h squared times the shrunk covariance of the position. For n images and C
         channels, "scott" is ``n ** (-1 / (C + 4))`` and "silverman" ``(n * (C + 2) / 4) ** (-1 / (C + 4))``.
-    normalization : float, default=0.0
+    normalization : "auto" or float, default="auto"
         How much of what is the same all over an image, such as its contrast, is removed: from each channel of an image
         that many times its mean over the positions is subtracted, and the result is divided by its standard deviation
-        to that power. 0 removes nothing, 1 everything.
-    n_lowest : int, default=3
-        The number of positions of lowest density whose mean is the score of an image.
+        to that power. 0 removes nothing, 1 everything. "auto" is 0.5 for :class:`TimmFeatures`, and 0 for others.
+    n_lowest : int or float, default=0.03
+        The positions of lowest density whose mean is the score of an image: their number, or as a float in (0, 1) their
+        share of all positions.
     flips : {"horizontal", "all"} or None, default=None
         Average the features of an image with those of its mirror image ("horizontal", two passes of the network for an
         image), or of all three flips ("all", four passes).
@@ -188,8 +191,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         "pooled_share": [Interval(Real, 0, 1, closed="both")],
         "density": [StrOptions({"kernel", "gaussian"})],
         "bandwidth": [StrOptions({"scott", "silverman"}), Interval(Real, 1e-3, 1e3, closed="both")],
-        "normalization": [Interval(Real, 0, 1, closed="both")],
-        "n_lowest": [Interval(Integral, 1, None, closed="left")],
+        "normalization": [StrOptions({"auto"}), Interval(Real, 0, 1, closed="both")],
+        "n_lowest": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="neither")],
         "flips": [StrOptions({"horizontal", "all"}), None],
         "mirror": [StrOptions({"auto"}), "boolean"],
         "max_samples": [Interval(Integral, _MIN_IMAGES, None, closed="left"), None],
@@ -209,8 +212,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         pooled_share: float = 0.3,
         density: Literal["kernel", "gaussian"] = "kernel",
         bandwidth: Literal["scott", "silverman"] | float = "scott",
-        normalization: float = 0.0,
-        n_lowest: int = 3,
+        normalization: Literal["auto"] | float = "auto",
+        n_lowest: int | float = 0.03,
         flips: Literal["horizontal", "all"] | None = None,
         mirror: Literal["auto"] | bool = "auto",
         max_samples: int | None = 1000,
@@ -464,8 +467,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
             float(self.pooled_share),
             self.density,
             self.bandwidth,
-            float(self.normalization),
-            int(self.n_lowest),
+            self._normalization_strength(),
+            self.n_lowest,
             _N_FOLDS,
             working_memory(),
         )
@@ -512,6 +515,12 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
 
     def _scores(self, maps: NDArray[np.floating]) -> NDArray[np.floating]:
         return lowest_mean(torch.from_numpy(maps), self.n_lowest).numpy()
+
+    def _normalization_strength(self) -> float:
+        if self.normalization != "auto":
+            return float(self.normalization)
+        # Logarithms, as of wavelets, have lost their scale already: removing more of it hides defects.
+        return _OF_NETWORKS if type(self.features_).__name__ == "TimmFeatures" else 0.0
 
     @torch.inference_mode()
     def _vector_maps(self, vectors: NDArray[np.number]) -> NDArray[np.floating]:
@@ -606,7 +615,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
 
     def _buffers(self) -> PositionBuffers:
         """Return the fitted state as buffers of a torch module, on the CPU."""
-        buffers = PositionBuffers(int(self.n_lowest), float(self.threshold_steepness), float(self.offset_))
+        buffers = PositionBuffers(self.n_lowest, float(self.threshold_steepness), float(self.offset_))
         # A copy: torch warns of read-only arrays, such as memory maps.
         scores = torch.from_numpy(np.array(self.calibration_scores_))
         buffers.keep(self._fitted(torch.device("cpu")), scores, self.grid_shape_, self.map_offset_)
@@ -615,7 +624,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     @classmethod
     def _empty_buffers(cls, parameters: Mapping[str, Any]) -> PositionBuffers:
         """Return buffers for the state of a detector with these parameters."""
-        return PositionBuffers(int(parameters["n_lowest"]), 1.0, 0.0)
+        return PositionBuffers(parameters["n_lowest"], 1.0, 0.0)
 
     def _take(self, buffers: PositionBuffers, extractor: Any) -> None:
         """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""

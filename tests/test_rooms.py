@@ -12,7 +12,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The rooms that the code of each room, a folder or a file, may import; also inside functions, and for types.
 ALLOWED = {
-    "__init__": {"_detector", "_patch_detector", "_classifier", "_calibration", "_deploy", "_features", "datasets"},
+    "__init__": {
+        "_detector",
+        "_patch_detector",
+        "_classifier",
+        "_calibration",
+        "_deploy",
+        "_features",
+        "datasets",
+        "metrics",
+    },
     "__main__": {"_cli"},
     "_threads": set(),
     "_device": set(),
@@ -34,9 +43,10 @@ ALLOWED = {
     },
     "_report": {"_calibration", "_images", "_files"},
     "datasets": {"_images", "_files"},
+    "metrics": set(),
 }
 # What `from dfkde_sklearn import` may ask the package itself for.
-PUBLIC_NAMES = {*dfkde_sklearn.__all__, "__version__"} - {"datasets"}
+PUBLIC_NAMES = {*dfkde_sklearn.__all__, "__version__"} - {"datasets", "metrics"}
 # The command line is the one room that may import any other; nothing but __main__ imports it.
 ALLOWED["_cli"] = {*ALLOWED} - {"__main__"}
 

@@ -52,7 +52,7 @@ class PositionSettings(NamedTuple):
     kind : "kernel", or "gaussian" for a single Gaussian at each position.
     bandwidth : "scott", "silverman", or the factor h of the kernels.
     normalization : float, in [0, 1]; see `normalized`.
-    n_lowest : int, the positions of lowest density whose mean is the score of an image.
+    n_lowest : int or float, as in `lowest_mean`.
     n_folds : int
     working_memory : int, bytes.
     """
@@ -61,7 +61,7 @@ class PositionSettings(NamedTuple):
     kind: Literal["kernel", "gaussian"]
     bandwidth: Bandwidth
     normalization: float
-    n_lowest: int
+    n_lowest: int | float
     n_folds: int
     working_memory: int
 
@@ -194,9 +194,14 @@ def fit_positions(
     return PositionTraining(fitted(is_kept), maps, is_kept)
 
 
-def lowest_mean(maps: Tensor, n_lowest: int) -> Tensor:
-    """Return the score (n,) of each image: the mean over the positions of lowest log density of maps (n, P)."""
-    return maps.topk(min(n_lowest, maps.shape[1]), dim=1, largest=False).values.mean(1)
+def lowest_mean(maps: Tensor, n_lowest: int | float) -> Tensor:
+    """Return the score (n,) of each image: the mean over the positions of lowest log density of maps (n, P).
+
+    `n_lowest` is the number of these positions; below 1 it is their share of all.
+    """
+    n_positions = maps.shape[1]
+    k = max(1, round(n_lowest * n_positions)) if n_lowest < 1 else min(int(n_lowest), n_positions)
+    return maps.topk(k, dim=1, largest=False).values.mean(1)
 
 
 def normalized(vectors: Tensor, channel_scales: Tensor, strength: float | Tensor) -> Tensor:

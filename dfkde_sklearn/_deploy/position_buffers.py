@@ -19,8 +19,8 @@ class PositionBuffers(StateBuffers):
 
     Parameters
     ----------
-    n_lowest : int
-        The positions of lowest density whose mean is the score of an image.
+    n_lowest : int or float
+        The positions of lowest density whose mean is the score of an image, or their share of all.
     steepness, offset : float
         Of the probability as a function of the log density.
     """
@@ -46,7 +46,7 @@ class PositionBuffers(StateBuffers):
     grid_shape: Tensor
     map_offset: Tensor
 
-    def __init__(self, n_lowest: int, steepness: float, offset: float) -> None:
+    def __init__(self, n_lowest: int | float, steepness: float, offset: float) -> None:
         super().__init__(steepness, offset)
         self.n_lowest = n_lowest
         # Plain values, since a trace cannot follow a choice by the value of a tensor.
@@ -55,8 +55,8 @@ class PositionBuffers(StateBuffers):
 
     def contradiction(self, parameters: Mapping[str, Any]) -> str | None:
         """Return in which way parameters of the detector contradict the fitted state; None if they do not."""
-        given, fitted = float(parameters["normalization"]), float(self.normalization)
-        return None if given == fitted else f"normalization={given} was set after a fit with {fitted}"
+        given, fitted = parameters["normalization"], float(self.normalization)
+        return None if given in ("auto", fitted) else f"normalization={given} was set after a fit with {fitted}"
 
     def keep(
         self, fitted: PositionDensity, calibration_scores: Tensor, grid_shape: tuple[int, int], map_offset: float
