@@ -27,7 +27,7 @@ from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
-from dfkde_sklearn._groups import with_copies
+from dfkde_sklearn._groups import warn_of_near_duplicates, with_copies
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
 
@@ -312,6 +312,8 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         """Fit, and return the scores (n,) of the training rows that are compared with the threshold."""
         table = self._fit_features(X)
         group_numbers = with_copies(groups, table)
+        if groups is None:
+            warn_of_near_duplicates(floats(table), "rows" if self.features_ is None else "images")
         drawn = np.arange(len(table))
         if self.max_samples is not None and len(table) > self.max_samples:
             drawn = np.sort(check_random_state(self.random_state).choice(len(table), self.max_samples, replace=False))

@@ -30,7 +30,7 @@ from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._deploy.position_buffers import PositionBuffers
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
-from dfkde_sklearn._groups import with_copies
+from dfkde_sklearn._groups import warn_of_near_duplicates, with_copies
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._maps import fine_maps, image_maps
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
@@ -66,7 +66,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         The feature extractor, which returns arrays of shape (n_images, h, w, C): with "auto", a two-dimensional numeric
         X is vectors of a single position, and any other X is images for ``TimmFeatures(pooling=None)``. A transformer
         is cloned and fitted as `features_`. With None, X is an array of shape (n_images, h, w, C), or a matrix.
-    pooled_share : float, default=0.3
+    pooled_share : float, default=0.2
         The weight of the mean covariance of all positions in the covariance of each, from 0, each on its own, to 1.
     density : {"kernel", "gaussian"}, default="kernel"
         "kernel" has a kernel at each training vector; "gaussian" is a single Gaussian at each position, which takes a
@@ -209,7 +209,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         self,
         features: Any = "auto",
         *,
-        pooled_share: float = 0.3,
+        pooled_share: float = 0.2,
         density: Literal["kernel", "gaussian"] = "kernel",
         bandwidth: Literal["scott", "silverman"] | float = "scott",
         normalization: Literal["auto"] | float = "auto",
@@ -304,6 +304,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         vectors = self._fit_features(X)
         n = len(vectors)
         group_ids = with_copies(groups, vectors.reshape(n, -1))
+        if groups is None:
+            warn_of_near_duplicates(vectors.reshape(n, -1), "images")
         drawn = np.arange(n)
         if self.max_samples is not None and n > self.max_samples:
             drawn = np.sort(check_random_state(self.random_state).choice(n, self.max_samples, replace=False))

@@ -8,7 +8,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dfkde_sklearn import AnomalyClassifier, DFKDEDetector, PatchDFKDEDetector
-from dfkde_sklearn._groups import with_copies
+from dfkde_sklearn._groups import share_of_near_duplicates, with_copies
 
 
 def parts(n_parts=12, n_exposures=5, n_features=8, seed=0):
@@ -45,14 +45,16 @@ def test_new_parts_keep_the_rate_only_with_groups(kind):
     train, groups = parts(60, 5)
     new, _ = parts(400, 1, seed=1)
     with_groups = (kind().fit(train, groups=groups).predict(new) == -1).mean()
-    without = (kind().fit(train[np.random.default_rng(0).permutation(300)]).predict(new) == -1).mean()
+    with pytest.warns(UserWarning, match="near-duplicates"):
+        without = (kind().fit(train[np.random.default_rng(0).permutation(300)]).predict(new) == -1).mean()
     assert with_groups < 0.13
     assert without > 0.5
 
 
 def test_bandwidth_loo_leaves_out_whole_groups():
     grouped = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X, groups=GROUPS)
-    single = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X)
+    with pytest.warns(UserWarning, match="near-duplicates"):
+        single = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X)
     assert grouped.bandwidth_ > 3 * single.bandwidth_
 
     def held_out(h):
@@ -69,7 +71,8 @@ def test_bandwidth_loo_leaves_out_whole_groups():
 
 def test_auto_components_are_chosen_by_new_parts():
     train, groups = parts(30, 5, n_features=40)
-    alone = DFKDEDetector().fit(train[np.random.default_rng(0).permutation(150)])
+    with pytest.warns(UserWarning, match="near-duplicates"):
+        alone = DFKDEDetector().fit(train[np.random.default_rng(0).permutation(150)])
     grouped = DFKDEDetector().fit(train, groups=groups)
     assert grouped.n_components_ < alone.n_components_
 
@@ -134,3 +137,41 @@ def test_the_classifier_gives_its_detector_the_groups_of_normal_rows(routed):
         classifier = AnomalyClassifier(detector).fit(X, y, groups=GROUPS)
     expected = DFKDEDetector(**SETTINGS).fit(X[y == 0], groups=GROUPS[y == 0])
     np.testing.assert_array_equal(classifier.detector_.calibration_scores_, expected.calibration_scores_)
+
+
+# ---- near-duplicates without groups
+
+
+def test_near_duplicates_are_reported_where_no_groups_are_given():
+    train, groups = parts(40, 5)
+    with pytest.warns(UserWarning, match=r"About \d+% of the 200 training rows are near-duplicates.*groups=") as record:
+        DFKDEDetector(**SETTINGS).fit(train)
+    assert record[0].filename == __file__
+    DFKDEDetector(**SETTINGS).fit(train, groups=groups)  # warnings are errors in these tests
+    with pytest.warns(UserWarning, match="near-duplicates") as record:
+        PatchDFKDEDetector().fit(train)
+    assert record[0].filename == __file__
+
+
+@pytest.mark.parametrize("n", [40, 100, 400])
+@pytest.mark.parametrize("n_features", [2, 10, 200])
+@pytest.mark.parametrize("kind", ["normal", "uniform", "heavy"])
+def test_independent_rows_are_no_near_duplicates(n, n_features, kind):
+    rng = np.random.default_rng(0)
+    draw = {"normal": rng.normal, "uniform": rng.uniform, "heavy": lambda size: rng.standard_t(3, size)}[kind]
+    assert share_of_near_duplicates(draw(size=(n, n_features))) == 0
+
+
+def test_rows_of_few_dimensions_or_of_two_kinds_are_no_near_duplicates():
+    rng = np.random.default_rng(0)
+    flat = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 50)) + 0.01 * rng.normal(size=(200, 50))
+    two = rng.normal(size=(200, 10)) + 20 * (np.arange(200) % 2)[:, None]
+    assert share_of_near_duplicates(flat) == share_of_near_duplicates(two) == 0
+    # Copies are no near-duplicates: a warning of their own reports them.
+    assert share_of_near_duplicates(np.repeat(two, 3, axis=0)) == 0
+
+
+def test_nearly_all_of_several_exposures_are_found():
+    for n_exposures in (2, 4, 6):
+        rows, _ = parts(240 // n_exposures, n_exposures, n_features=20)
+        assert share_of_near_duplicates(rows) > 0.9
