@@ -8,9 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
+from sklearn.utils import Bunch
 
 from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
 from dfkde_sklearn._cli.output import percent
+from dfkde_sklearn._images import as_images
+from dfkde_sklearn._maps import image_maps
+from dfkde_sklearn.datasets import read_mask
+from dfkde_sklearn.metrics import aupro, pixel_roc_auc, region_hits
 
 # Images that are listed or drawn as the most anomalous.
 N_WORST = 12
@@ -54,6 +59,22 @@ def quality_facts(assessment: Assessment, y: NDArray[np.int64], defects: NDArray
         ]
         facts["Defects found"] = f"{percent(anomalous[~good].mean())} ({', '.join(kinds)})"
     return facts
+
+
+def map_facts(detector: PatchDFKDEDetector, grid_maps: Any, test: Bunch) -> dict[str, str]:
+    """Return how well maps on the grid find the regions of the masks of a test set; nothing without masks."""
+    masks = [read_mask(file) if file else None for file in test.masks_test]
+    has_mask = [mask is not None for mask, is_bad in zip(masks, test.y_test, strict=True) if is_bad]
+    if not has_mask or not all(has_mask):
+        return {}
+    images = as_images(test.X_test)
+    maps = list(image_maps(np.asarray(grid_maps), [images.shape(i) for i in range(len(images))]))
+    found = [region.hit for region in region_hits(masks, maps, detector.map_offset_)]
+    return {
+        "AUROC of pixels": f"{pixel_roc_auc(masks, maps):.3f}",
+        "AUPRO": f"{aupro(masks, maps):.3f}",
+        "Regions found": f"{percent(float(np.mean(found)))} ({sum(found)} of {len(found)})",
+    }
 
 
 def worst_first(assessment: Assessment) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from dfkde_sklearn._cli.main import main, parser
 from dfkde_sklearn._density.scoring import FeatureDensity
 from dfkde_sklearn._features import scattering
 from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL
-from dfkde_sklearn.datasets import make_textures, write_mvtec_folder
+from dfkde_sklearn.datasets import load_mvtec_folder, make_textures, read_mask, write_mvtec_folder
 
 SCATTERING = ("--features", "scattering", "--image-size", "64", "--detector", "pooled", "--residual", "box")
 
@@ -387,6 +387,20 @@ def test_maps_show_where_the_defects_are(positions, textures, tmp_path):
             assert shown.mode == "RGB"
     assert np.mean(overlaps) > 0.5
     assert sum(verdicts[path] == "anomalous" for path in holes) >= 15
+
+
+def test_fit_reports_how_well_the_maps_of_a_test_folder_find_the_masks(textures, tmp_path, capsys):
+    arguments = ("--features", "scattering", "--image-size", "64", "--model", tmp_path / "model")
+    assert run("fit", textures, *arguments) == 0
+    printed = capsys.readouterr().out
+    data = load_mvtec_folder(textures)
+    detector = PatchDFKDEDetector.load(tmp_path / "model")
+    maps = detector.anomaly_maps(data.X_test)
+    masks = [read_mask(path) if path else np.zeros((64, 64), bool) for path in data.masks_test]
+    pixels = roc_auc_score(np.concatenate(masks, None), -np.concatenate(maps, None))
+    assert float(fact(printed, "AUROC of pixels")) == pytest.approx(pixels, abs=6e-4)
+    assert float(fact(printed, "AUPRO")) > 0.5
+    assert "of 20)" in fact(printed, "Regions found")
 
 
 def test_existing_maps_are_kept_unless_forced(positions, textures, tmp_path, capsys):
