@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, _fit_context, clone
-from sklearn.utils import assert_all_finite, check_random_state
+from sklearn.utils import assert_all_finite
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -27,7 +27,7 @@ from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
-from dfkde_sklearn._groups import warn_of_near_duplicates, with_copies
+from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
 
@@ -312,13 +312,12 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         """Fit, and return the scores (n,) of the training rows that are compared with the threshold."""
         table = self._fit_features(X)
         group_numbers = with_copies(groups, table)
+        drawn = drawn_rows(len(table), self.max_samples, None if groups is None else group_numbers, self.random_state)
+        rows = floats(table if len(drawn) == len(table) else table[drawn])
         if groups is None:
-            warn_of_near_duplicates(floats(table), "rows" if self.features_ is None else "images")
-        drawn = np.arange(len(table))
-        if self.max_samples is not None and len(table) > self.max_samples:
-            drawn = np.sort(check_random_state(self.random_state).choice(len(table), self.max_samples, replace=False))
+            warn_of_near_duplicates(rows, "rows" if self.features_ is None else "images")
         training = fit(
-            tensor(floats(table if len(drawn) == len(table) else table[drawn]), self._density_device()),
+            tensor(rows, self._density_device()),
             self.n_components,
             Settings(
                 self.scaling,

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.metrics.pairwise import euclidean_distances
-from sklearn.utils import column_or_1d
+from sklearn.utils import check_random_state, column_or_1d
 from torch import Tensor
 
-from dfkde_sklearn._density.folds import copies
+from dfkde_sklearn._density.folds import N_FOLDS, copies, fold_places
 
+# In standard deviations; its square is a number still.
+_FARTHEST = 1e100
 # Entries of a table in a block, so that its copies take little memory.
 _ENTRIES = 2**21
 
@@ -71,6 +73,36 @@ def group_numbers(groups: Any, n: int) -> NDArray[np.int64]:
     return np.array([number.setdefault(value, len(number)) for value in values.tolist()], dtype=np.int64)
 
 
+def drawn_rows(
+    n: int, max_samples: int | None, groups: Tensor | None, random_state: int | np.random.RandomState | None
+) -> NDArray[np.int64]:
+    """Return the places of at most `max_samples` of `n` rows, increasing.
+
+    With `groups` (n,), int64, whole groups are drawn, so that no row left out belongs to a group in the fit. A group of
+    more than half of `max_samples` is never drawn.
+
+    Raises
+    ------
+    ValueError
+        If there is no room for two groups.
+    """
+    if max_samples is None or n <= max_samples:
+        return np.arange(n)
+    generator = check_random_state(random_state)
+    if groups is None:
+        return np.sort(generator.choice(n, max_samples, replace=False))
+    _, of_row, sizes = np.unique(groups.numpy(), return_inverse=True, return_counts=True)
+    # Any two of these have room.
+    order = generator.permutation(np.flatnonzero(sizes <= max_samples // 2))
+    if len(order) < 2:
+        raise ValueError(
+            f"max_samples={max_samples} has no room for two whole groups: {n} rows are in {len(sizes)} groups, "
+            f"the largest of {sizes.max()}. Raise max_samples to twice as many, or give fewer of each group."
+        )
+    chosen = order[np.cumsum(sizes[order]) <= max_samples]
+    return np.flatnonzero(np.isin(of_row, chosen))
+
+
 # Near-duplicates are looked for among this many rows, against all others, and for no more than this many products.
 _QUERIES = 300
 _MAX_PRODUCTS = 10**9
@@ -78,32 +110,37 @@ _MAX_PRODUCTS = 10**9
 _NEIGHBOURS = (10, 30)
 _MIN_ROWS = 40
 # A nearest neighbour that is this improbably near is a near-duplicate. Independently drawn rows have as many by chance;
-# on 8 categories of MVTec AD, on solar cells and on random rows it was at most twice as many.
+# on 8 categories of MVTec AD, on solar cells and on random rows it was at most three times as many.
 _P_VALUE = 0.01
-_LARGEST_SHARE, _FEWEST = 0.05, 5
+_SMALLEST_SHARE, _FEWEST = 0.05, 5
 
 
-def share_of_near_duplicates(table: NDArray[np.number]) -> float:
-    """Return the share of rows of a table (n, n_features) that have a near-duplicate; 0 where it cannot be told.
+def share_of_near_duplicates(table: NDArray[np.number], n_folds: int = N_FOLDS) -> float:
+    """Return the share of rows of a table (n, n_features) with a near-duplicate in another fold; 0 if nearly none.
 
     A near-duplicate lies improbably near, given how far away the row's 10th to 30th neighbours are: their distances
-    determine the dimension in which rows lie [1]_, and with it the distribution of the nearest one. The result is the
-    share in excess of what chance gives.
+    determine the dimension in which rows lie [1]_, and with it the distribution of the nearest one. Neighbours in the
+    row's own fold do no harm, and do not count. Groups of more than about ten rows are not found: their rows are one
+    another's 30 neighbours.
 
     References
     ----------
     .. [1] Levina and Bickel (2004), Maximum likelihood estimation of intrinsic dimension, Advances in Neural
        Information Processing Systems 17
     """
-    rows = np.flatnonzero(copies(table).numpy() == np.arange(len(table)))
+    copied = copies(table)
+    fold = np.empty(len(table), dtype=np.int64)
+    for i, places in enumerate(fold_places(len(table), copied, n_folds)):
+        fold[places] = i
+    rows = np.flatnonzero(copied.numpy() == np.arange(len(table)))
     n = len(rows)
     if n < _MIN_ROWS:
         return 0.0
     queries = np.linspace(0, n - 1, min(_QUERIES, n, max(50, _MAX_PRODUCTS // table[0].size // n))).astype(np.int64)
     low, high = min(_NEIGHBOURS[0], n // 4), min(_NEIGHBOURS[1], n // 2)
-    nearest = np.sort(_distances(table, rows, queries), axis=1)[:, 1 : high + 1]  # without the row itself
+    nearest = _nearest_distances(table, rows, queries, fold[rows], high)
     radius = nearest[:, -1:]
-    is_proper = nearest[:, 0] > 0
+    is_proper = (nearest[:, 0] > 0) & np.isfinite(radius[:, 0])
     if not is_proper.any():
         return 0.0
     nearest, radius = nearest[is_proper], radius[is_proper]
@@ -115,31 +152,49 @@ def share_of_near_duplicates(table: NDArray[np.number]) -> float:
     nearer = (nearest[:, 0] / radius[:, 0]) ** (expected / observed)
     p_values = 1 - (1 - nearer) ** (high - 1)
     n_found = int((p_values < _P_VALUE).sum())
-    return n_found / len(queries) if n_found >= max(_FEWEST, _LARGEST_SHARE * len(queries)) else 0.0
+    return n_found / len(queries) if n_found >= max(_FEWEST, _SMALLEST_SHARE * len(queries)) else 0.0
 
 
-def warn_of_near_duplicates(table: NDArray[np.number], what: str) -> None:
-    """Warn if many rows of a table have a near-duplicate; `what` is what they are called."""
-    share = share_of_near_duplicates(table)
+def warn_of_near_duplicates(table: NDArray[np.number], what: str, n_folds: int = N_FOLDS) -> None:
+    """Warn if many rows of a table have a near-duplicate in another fold; `what` is what they are called."""
+    share = share_of_near_duplicates(table, n_folds)
     if share:
         warnings.warn(
-            f"About {share:.0%} of the {len(table)} training {what} are near-duplicates of others, as far as their "
-            "features tell: several seem to show one part. The threshold then does not hold for new parts. Say which "
-            "show the same part: fit(X, groups=...), or dfkde fit --groups.",
+            f"About {share:.0%} of the {len(table)} training {what} have a near-duplicate elsewhere in X, as far as "
+            "their features tell: several seem to show one part. The threshold then does not hold for new parts. Say "
+            "which show the same part: fit(X, groups=...), or dfkde fit --groups.",
             UserWarning,
             stacklevel=5,
         )
 
 
-def _distances(table: NDArray[np.number], rows: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the distances of some of the rows to all, in units of the standard deviation of each feature."""
-    deviations = table[rows].std(0, dtype=np.float64)
-    scale = np.where(deviations > 0, deviations, 1.0)
-    centre = table[rows[0]].astype(np.float64)
-    chosen = (table[rows[queries]] - centre) / scale
-    distances = np.empty((len(queries), len(rows)))
-    step = max(1, _ENTRIES // table.shape[1])
+def _nearest_distances(
+    table: NDArray[np.number],
+    rows: NDArray[np.int64],
+    queries: NDArray[np.int64],
+    fold: NDArray[np.int64],
+    n_nearest: int,
+) -> NDArray[np.float64]:
+    """Return the increasing distances (n_queries, n_nearest) of some of the rows to the nearest ones in other folds.
+
+    The unit is the standard deviation of each feature, of the queries.
+    """
+    chosen = table[rows[queries]].astype(np.float64)
+    centre = chosen[0]
+    # By the largest deviation first, since squares of the largest numbers overflow.
+    largest = np.abs(chosen / 2 - centre / 2).max(0)
+    largest = np.where(largest > 0, largest, 1.0)
+    chosen = (chosen / 2 - centre / 2) / largest
+    deviations = chosen.std(0)
+    deviations = np.where(deviations > 0, deviations, 1.0)
+    chosen /= deviations
+    nearest = np.empty((len(queries), 0))
+    step = max(1, _ENTRIES // max(table.shape[1], len(queries)))
     for start in range(0, len(rows), step):
-        block = (table[rows[start : start + step]] - centre) / scale
-        distances[:, start : start + step] = euclidean_distances(chosen, block)
-    return distances
+        with np.errstate(over="ignore"):
+            block = (table[rows[start : start + step]] / 2 - centre / 2) / largest / deviations
+        block.clip(-_FARTHEST, _FARTHEST, out=block)
+        distances = euclidean_distances(chosen, block)
+        distances[fold[queries, None] == fold[start : start + step]] = np.inf
+        nearest = np.sort(np.hstack([nearest, distances]), axis=1)[:, :n_nearest]
+    return nearest

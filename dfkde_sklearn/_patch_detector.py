@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, _fit_context, clone
-from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -30,7 +29,7 @@ from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._deploy.position_buffers import PositionBuffers
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._features.extractor import FeatureExtractor
-from dfkde_sklearn._groups import warn_of_near_duplicates, with_copies
+from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._maps import fine_maps, image_maps
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
@@ -304,15 +303,14 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         vectors = self._fit_features(X)
         n = len(vectors)
         group_ids = with_copies(groups, vectors.reshape(n, -1))
+        drawn = drawn_rows(n, self.max_samples, None if groups is None else group_ids, self.random_state)
+        images = floats(vectors if len(drawn) == n else vectors[drawn])
         if groups is None:
-            warn_of_near_duplicates(vectors.reshape(n, -1), "images")
-        drawn = np.arange(n)
-        if self.max_samples is not None and n > self.max_samples:
-            drawn = np.sort(check_random_state(self.random_state).choice(n, self.max_samples, replace=False))
+            warn_of_near_duplicates(images.reshape(len(drawn), -1), "images", _N_FOLDS)
         contamination = 0.0 if self.contamination == "auto" else float(self.contamination)
         device = self._density_device()
         training = fit_positions(
-            tensor(floats(vectors if len(drawn) == n else vectors[drawn]), device),
+            tensor(images, device),
             self._settings(),
             group_ids[drawn].to(device),
             min(n_removed(contamination, len(drawn)), len(drawn) - _MIN_IMAGES),

@@ -19,6 +19,13 @@ def parts(n_parts=12, n_exposures=5, n_features=8, seed=0):
     return rows.reshape(-1, n_features), np.repeat([f"part {i}" for i in range(n_parts)], n_exposures)
 
 
+def shuffled_parts(*args, **kwargs):
+    """Return the same in random order."""
+    rows, groups = parts(*args, **kwargs)
+    order = np.random.default_rng(0).permutation(len(rows))
+    return rows[order], groups[order]
+
+
 X, GROUPS = parts()
 SETTINGS = {"n_components": 3, "residual": None}
 
@@ -45,7 +52,7 @@ def test_new_parts_keep_the_rate_only_with_groups(kind):
     train, groups = parts(60, 5)
     new, _ = parts(400, 1, seed=1)
     with_groups = (kind().fit(train, groups=groups).predict(new) == -1).mean()
-    with pytest.warns(UserWarning, match="near-duplicates"):
+    with pytest.warns(UserWarning, match="near-duplicate"):
         without = (kind().fit(train[np.random.default_rng(0).permutation(300)]).predict(new) == -1).mean()
     assert with_groups < 0.13
     assert without > 0.5
@@ -53,7 +60,7 @@ def test_new_parts_keep_the_rate_only_with_groups(kind):
 
 def test_bandwidth_loo_leaves_out_whole_groups():
     grouped = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X, groups=GROUPS)
-    with pytest.warns(UserWarning, match="near-duplicates"):
+    with pytest.warns(UserWarning, match="near-duplicate"):
         single = DFKDEDetector(n_components=3, residual=None, bandwidth="loo").fit(X)
     assert grouped.bandwidth_ > 3 * single.bandwidth_
 
@@ -71,7 +78,7 @@ def test_bandwidth_loo_leaves_out_whole_groups():
 
 def test_auto_components_are_chosen_by_new_parts():
     train, groups = parts(30, 5, n_features=40)
-    with pytest.warns(UserWarning, match="near-duplicates"):
+    with pytest.warns(UserWarning, match="near-duplicate"):
         alone = DFKDEDetector().fit(train[np.random.default_rng(0).permutation(150)])
     grouped = DFKDEDetector().fit(train, groups=groups)
     assert grouped.n_components_ < alone.n_components_
@@ -143,12 +150,14 @@ def test_the_classifier_gives_its_detector_the_groups_of_normal_rows(routed):
 
 
 def test_near_duplicates_are_reported_where_no_groups_are_given():
-    train, groups = parts(40, 5)
-    with pytest.warns(UserWarning, match=r"About \d+% of the 200 training rows are near-duplicates.*groups=") as record:
+    train, groups = shuffled_parts(40, 5)
+    with pytest.warns(
+        UserWarning, match=r"About 100% of the 200 training rows have a near-duplicate.*groups="
+    ) as record:
         DFKDEDetector(**SETTINGS).fit(train)
     assert record[0].filename == __file__
     DFKDEDetector(**SETTINGS).fit(train, groups=groups)  # warnings are errors in these tests
-    with pytest.warns(UserWarning, match="near-duplicates") as record:
+    with pytest.warns(UserWarning, match="near-duplicate") as record:
         PatchDFKDEDetector().fit(train)
     assert record[0].filename == __file__
 
@@ -173,5 +182,75 @@ def test_rows_of_few_dimensions_or_of_two_kinds_are_no_near_duplicates():
 
 def test_nearly_all_of_several_exposures_are_found():
     for n_exposures in (2, 4, 6):
-        rows, _ = parts(240 // n_exposures, n_exposures, n_features=20)
+        rows, _ = shuffled_parts(240 // n_exposures, n_exposures, n_features=20)
         assert share_of_near_duplicates(rows) > 0.9
+
+
+def test_near_duplicates_that_share_a_fold_do_no_harm_and_are_not_reported():
+    rows, _ = parts(200, 5)
+    assert share_of_near_duplicates(rows) == 0
+    # Ten rows to a fold: those of one part, in two halves, are in two folds each.
+    torn = np.concatenate([rows[::2], rows[1::2]])
+    assert share_of_near_duplicates(torn) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_duplicates_are_those_of_a_slow_search(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(150, 6)) * [1, 10, 0.1, 1, 1, 0] + [0, 0, 0, 1e4, 0, 7]
+    rows[100:130] = rows[:30] + 0.01 * rows.std(0) * rng.normal(size=(30, 6))
+    scaled = rows[:, :5] / rows[:, :5].std(0)
+    folds = np.repeat(np.arange(20), np.diff([round(i * 7.5) for i in range(21)]))
+    nearest = np.array(
+        [
+            sorted(np.linalg.norm(scaled[i] - scaled[j]) for j in range(150) if folds[j] != folds[i])[:30]
+            for i in range(150)
+        ]
+    )
+    # In d dimensions the log of the ratio of two distances has, on average, the sum of 1 / i over the ranks between.
+    dimension = sum(1 / i for j in range(10, 30) for i in range(j, 30)) / np.mean(
+        [sum(np.log(of_row[29] / of_row[j - 1]) for j in range(10, 30)) for of_row in nearest]
+    )
+    is_found = [1 - (1 - (of_row[0] / of_row[29]) ** dimension) ** 29 < 0.01 for of_row in nearest]
+    assert 60 <= sum(is_found) <= 65
+    monkeypatch.setattr("dfkde_sklearn._groups._ENTRIES", 150 * 40)  # in several blocks
+    assert share_of_near_duplicates(rows) == np.mean(is_found)
+
+
+def test_an_outlier_hides_no_near_duplicates():
+    rows, _ = shuffled_parts(60, 5)
+    rows[17] *= 1e100
+    assert share_of_near_duplicates(rows) > 0.9
+
+
+def test_the_largest_numbers_are_searched_without_overflow():
+    rows = 1e300 * np.random.default_rng(0).normal(size=(400, 5))
+    assert share_of_near_duplicates(rows) == 0
+    rows[np.linspace(0, 399, 300).astype(int), 0] = 1e-300  # the rows whose neighbours are sought
+    assert share_of_near_duplicates(rows) == 0
+
+
+# ---- max_samples
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_max_samples_draws_whole_groups_so_that_all_others_are_held_out(kind):
+    train, groups = shuffled_parts(60, 5)
+    detector = kind(max_samples=101, random_state=0).fit(train, groups=groups)
+    drawn = np.flatnonzero(detector.calibration_scores_ != detector.score_samples(train))
+    assert len(drawn) == 100
+    assert not set(groups[drawn]) & set(np.delete(groups, drawn))
+    expected = kind().fit(train[drawn], groups=groups[drawn])
+    np.testing.assert_allclose(detector.calibration_scores_[drawn], expected.calibration_scores_, rtol=1e-9)
+
+
+def test_max_samples_passes_over_a_group_that_leaves_no_room_for_another():
+    groups = np.repeat(["large", "a", "b", "c"], [40, 10, 10, 10])
+    for seed in range(5):
+        detector = DFKDEDetector(n_components=2, max_samples=41, random_state=seed)
+        detector.fit(np.random.default_rng(0).normal(size=(70, 3)), groups=groups)
+        assert len(detector.kernel_centers_) == 30
+    with pytest.raises(
+        ValueError, match=r"max_samples=15 has no room for two whole groups.*in 4 groups, the largest of 40"
+    ):
+        DFKDEDetector(max_samples=15).fit(np.random.default_rng(0).normal(size=(70, 3)), groups=groups)

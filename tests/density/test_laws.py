@@ -43,8 +43,8 @@ def random_case(seed):
 
 def fitted(X, settings, **others):
     with warnings.catch_warnings():
-        for message in (".*exact copies of rows elsewhere", ".*cannot be scored by a fit without them"):
-            warnings.filterwarnings("ignore", message=message)
+        for message in ("exact copies of rows elsewhere", "have a near-duplicate", "cannot be scored by a fit without"):
+            warnings.filterwarnings("ignore", message=f".*{message}")
         return DFKDEDetector(**settings, **others).fit(X)
 
 
