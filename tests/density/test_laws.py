@@ -43,7 +43,7 @@ def random_case(seed):
 
 def fitted(X, settings, **others):
     with warnings.catch_warnings():
-        for message in (".*exact copies of rows elsewhere", ".*cannot be scored by a fit without them"):
+        for message in (".*exact copies of rows", ".*cannot be scored by a fit without them", ".*are near-duplicates"):
             warnings.filterwarnings("ignore", message=message)
         return DFKDEDetector(**settings, **others).fit(X)
 
