@@ -26,8 +26,9 @@ _LARGE = 2**35
 _CACHED = 2**21
 # Minimum number of rows per block, for products that use several threads.
 _BLOCK_ROWS = 1024
-# Columns of a scatter matrix that are computed at once: enough for a fast product.
-_BLOCK_COLUMNS = 256
+# Columns of a scatter matrix that are computed at once: few enough to leave out much of its other half, and enough for
+# a fast product. Of 5000 x 512 rows on one core: 38 ms, 44 ms with 256, 47 ms with 128, and 50 ms for the whole matrix.
+_BLOCK_COLUMNS = 192
 
 _P = ParamSpec("_P")
 _Rows = TypeVar("_Rows", bound="CentredRows | Tensor")
