@@ -55,8 +55,8 @@ DETECTORS: dict[str, tuple[Any, Callable[[NDArray[np.float32]], NDArray[np.float
     "PatchDFKDEDetector": (PatchDFKDEDetector, lambda maps: maps),
     "DFKDEDetector": (DFKDEDetector, lambda maps: maps.mean((1, 2))),
 }
-# Of the training images: those of a part side by side without groups, anywhere without groups, anywhere with groups; and
-# the multiple of the seeds that rates are averaged over.
+# Of the training images: those of a part side by side, and anywhere, without groups; anywhere with groups. And the
+# multiple of the seeds that rates are averaged over.
 ORDERS = {"adjacent": 1, "in random order": 1, "groups": 4}
 
 
@@ -128,7 +128,7 @@ def false_alarms_of_parts(images: ImageSet, maps: NDArray[np.float32], n_seeds: 
     rows: dict[str, dict[str, float]] = {}
     claims: dict[str, bool] = {}
     # Drawn at random, since those as foldered are one split of many.
-    splits = group_splits(images, n_seeds * max(ORDERS.values()))[1:]
+    splits = group_splits(images, 4 * n_seeds)[1:]
     for name, (make, pool) in DETECTORS.items():
         for order, times in ORDERS.items():
             runs = []
@@ -153,7 +153,7 @@ def false_alarms_of_parts(images: ImageSet, maps: NDArray[np.float32], n_seeds: 
         "Magnetic tiles: false-alarm rate on good photographs of new tiles, for target_fpr=0.05",
         "--tiles FOLDER --weights FILE",
         f"Trained on the good photographs of {len(np.unique(images.groups[images.is_train]))} tiles drawn at random, "
-        f"tested on those of all others, mean of {n_seeds} seeds, with groups of {n_seeds * max(ORDERS.values())}; found: "
+        f"tested on those of all others, mean of {n_seeds} seeds, with groups of {4 * n_seeds}; found: "
         "the share of all defective ones; warned: the share of fits that warn of near-duplicates. MobileNetV2, layers "
         "for positions; DFKDEDetector: their mean over positions.",
     )

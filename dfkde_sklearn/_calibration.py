@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.base import OutlierMixin
+from sklearn.utils import column_or_1d
 
 
 class Assessment(NamedTuple):
@@ -219,6 +220,23 @@ def threshold_between(training_scores: NDArray[np.floating], n_anomalous: int, p
         return first_normal - rounding
     margin = min(256 * rounding, (first_normal - last_anomalous) / 2)
     return min(max(preferred, last_anomalous + margin), first_normal - margin)
+
+
+def weighted_mean(log_densities: NDArray[np.floating], sample_weight: Any) -> float:
+    """Return the mean of log densities (n,), weighted by an array-like of shape (n,) unless that is None."""
+    if sample_weight is None:
+        return float((log_densities / len(log_densities)).sum())  # the sum of the lowest numbers would overflow
+    weights = column_or_1d(np.asarray(sample_weight, dtype=np.float64))
+    if len(weights) != len(log_densities):
+        raise ValueError(f"sample_weight has {len(weights)} weights for {len(log_densities)} rows. Give one for each.")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise ValueError(
+            f"sample_weight goes from {weights.min()} to {weights.max()}. Weights are finite and not negative, and one "
+            "is positive."
+        )
+    weights = weights / weights.max()
+    counts = weights > 0
+    return float((log_densities[counts] * (weights[counts] / weights.sum())).sum())
 
 
 def judged_scores(

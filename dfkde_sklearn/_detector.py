@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from dfkde_sklearn._calibration import CalibratedOutlierMixin, judged_scores, labels
+from dfkde_sklearn._calibration import CalibratedOutlierMixin, judged_scores, labels, weighted_mean
 from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.fit import fit
 from dfkde_sklearn._density.folds import copies, n_moved
@@ -141,8 +141,10 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
     rows is at most twice that of the rows that the axis was computed from.
 
     Rows left out by `max_samples` or `contamination` are scored by the fit itself. The false-alarm rate holds for new
-    rows from the same distribution as the training rows. If several rows show one part, keep them adjacent, so that
-    they share a fold. Equal rows share a fold wherever they stand.
+    rows from the same distribution as the training rows. If several rows show one part, give their `groups` to
+    :meth:`fit`: folds are then of whole groups, `max_samples` draws whole groups, and the rate holds for new ones.
+    Without `groups`, near-duplicates in different folds are looked for, and a warning says how many there are. Equal
+    rows share a fold wherever they stand.
 
     "auto" and "box" were chosen on three data sets, where no setting is best everywhere (docs/guide/quality.rst).
     :meth:`original` has the original's settings.
@@ -383,7 +385,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         """
         return self._log_density(X)
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the mean log density of the rows in the full feature space.
 
         The density of the principal components times the Gaussian residual of probabilistic PCA [1]_, whatever
@@ -397,6 +399,9 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
             As in `fit`.
         y : None
             Ignored; there for the interface.
+        sample_weight : array-like of shape (n_samples,) or None, default=None
+            Weights of the rows in the mean. With metadata routing, pipelines are scored only if there is such a
+            parameter.
 
         Returns
         -------
@@ -407,8 +412,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         ----------
         .. [1] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
         """
-        log_densities = self._log_density(X, full=True)
-        return float((log_densities / len(log_densities)).sum())  # the sum of the lowest numbers would overflow
+        return weighted_mean(self._log_density(X, full=True), sample_weight)
 
     def to_torch(self) -> DfkdeModel:
         """Return the fitted detector as a torch module.

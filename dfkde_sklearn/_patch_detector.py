@@ -16,7 +16,14 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from dfkde_sklearn._calibration import Assessment, CalibratedOutlierMixin, judged_scores, labels, threshold_at_rate
+from dfkde_sklearn._calibration import (
+    Assessment,
+    CalibratedOutlierMixin,
+    judged_scores,
+    labels,
+    threshold_at_rate,
+    weighted_mean,
+)
 from dfkde_sklearn._density.estimate import n_removed
 from dfkde_sklearn._density.positions import (
     STATE,
@@ -413,7 +420,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         grid_maps, maps = self._with_maps(X, resolution)
         return self._assessment(self._scores(grid_maps.reshape(len(grid_maps), -1))), maps
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the mean log density over the images and their positions.
 
         It compares bandwidths and pooled shares; `GridSearchCV` maximises it. Values of `normalization` are not
@@ -425,13 +432,16 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
             As in `fit`.
         y : None
             Ignored; there for the interface.
+        sample_weight : array-like of shape (n_images,) or None, default=None
+            Weights of the images in the mean. With metadata routing, pipelines are scored only if there is such a
+            parameter.
 
         Returns
         -------
         float
             Natural log of a density, per position.
         """
-        return float(self._grid_maps(X).astype(np.float64).mean())
+        return weighted_mean(self._grid_maps(X).mean(1, dtype=np.float64), sample_weight)
 
     def to_torch(self) -> PatchDfkdeModel:
         """Return the fitted detector as a torch module.

@@ -133,6 +133,37 @@ def test_groups_are_routed_through_pipelines_and_searches():
             np.testing.assert_array_equal(estimator.calibration_scores_, expected.calibration_scores_)
 
 
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_pipelines_are_searched_and_scored_with_routing(kind):
+    # Pipeline.score routes sample_weight, also where it is None, and the last step has to know it.
+    with config_context(enable_metadata_routing=True):
+        pipeline = make_pipeline(StandardScaler(), kind().set_fit_request(groups=True))
+        parameter = f"{kind.__name__.lower()}__bandwidth"
+        search = GridSearchCV(pipeline, {parameter: [0.3, 1.0]}, cv=GroupKFold(3), error_score="raise")
+        search.fit(X, groups=GROUPS)
+        bandwidth = search.best_params_[parameter]
+        scaled = StandardScaler().fit_transform(X)
+        expected = kind(bandwidth=bandwidth).fit(scaled, groups=GROUPS)
+        np.testing.assert_array_equal(search.best_estimator_[-1].calibration_scores_, expected.calibration_scores_)
+        train, test = next(GroupKFold(3).split(X, groups=GROUPS))
+        scaler = StandardScaler().fit(X[train])
+        detector = kind(bandwidth=0.3).fit(scaler.transform(X[train]), groups=GROUPS[train])
+        assert search.cv_results_["split0_test_score"][0] == detector.score(scaler.transform(X[test]))
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_weights_in_the_score_are_repetitions(kind):
+    detector = kind().fit(X, groups=GROUPS)
+    weights = np.arange(60) % 3
+    expected = detector.score(np.repeat(X, weights, axis=0))
+    assert detector.score(X, sample_weight=weights) == pytest.approx(expected, rel=1e-12)
+    assert detector.score(X, sample_weight=weights * 1e307) == pytest.approx(expected, rel=1e-12)
+    assert detector.score(X, sample_weight=np.ones(60)) == pytest.approx(detector.score(X), rel=1e-12)
+    for weights, message in {(1, 2): "2 weights for 60 rows", (0,) * 60: "0.0 to 0.0", (-1,) * 60: "-1.0"}.items():
+        with pytest.raises(ValueError, match=message):
+            detector.score(X, sample_weight=weights)
+
+
 @pytest.mark.parametrize("routed", [True, False])
 def test_the_classifier_gives_its_detector_the_groups_of_normal_rows(routed):
     y = np.zeros(60, int)
