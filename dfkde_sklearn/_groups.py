@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.metrics.pairwise import euclidean_distances
-from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils import check_random_state
 from torch import Tensor
 
 from dfkde_sklearn._density.eigen import leading_eigenpairs
@@ -35,13 +35,15 @@ def with_copies(groups: Any, table: NDArray[np.number]) -> Tensor:
     Parameters
     ----------
     groups : array-like of shape (n,) or None
-        Labels, of any kind that can be compared. None: each row on its own, except for copies.
+        Labels: strings, numbers, or other keys of a dictionary. None: each row on its own, except for copies.
     table : ndarray of shape (n, n_features)
 
     Raises
     ------
     ValueError
         If there is not one label for each row, a label is missing, or all rows are one group.
+    TypeError
+        If labels cannot be keys of a dictionary.
     """
     copied = copies(table)
     if groups is None:
@@ -64,17 +66,46 @@ def with_copies(groups: Any, table: NDArray[np.number]) -> Tensor:
 
 def group_numbers(groups: Any, n: int) -> NDArray[np.int64]:
     """Return the labels of groups as numbers (n,), in the order of their first rows."""
-    values = column_or_1d(np.asarray(groups))
+    values = _labels(groups)
     if len(values) != n:
         raise ValueError(f"groups has {len(values)} labels, and X has {n} rows or images. Give one for each.")
-    missing = [i for i, value in enumerate(values.tolist()) if value is None or value != value]
+    missing = [i for i, value in enumerate(values) if _is_missing(value)]
     if missing:
         raise ValueError(
             f"groups[{missing[0]}] is {values[missing[0]]}: {len(missing)} of {n} labels are missing. Give each row a "
             "label; one that is alone has a label of its own."
         )
     number: dict[Any, int] = {}
-    return np.array([number.setdefault(value, len(number)) for value in values.tolist()], dtype=np.int64)
+    try:
+        return np.array([number.setdefault(value, len(number)) for value in values], dtype=np.int64)
+    except TypeError as error:
+        raise TypeError(
+            f"groups has labels that are no keys of a dictionary ({error}). Give strings, numbers or tuples of them."
+        ) from error
+
+
+def _labels(groups: Any) -> list[Any]:
+    """Return the labels as they are: NumPy would make strings of numbers, and of NaN, beside strings."""
+    if isinstance(groups, list | tuple):
+        return [label.item() if isinstance(label, Tensor) else label for label in groups]
+    if isinstance(groups, np.ma.MaskedArray):
+        return _labels(groups.tolist())  # with None where it is masked
+    array = np.asarray(groups)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(
+            f"groups is a {type(groups).__name__} of shape {array.shape}; allowed is a sequence of n labels, "
+            "one for each row or image."
+        )
+    return list(array)
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except (TypeError, ValueError):  # of pandas.NA no truth is known
+        return True
 
 
 def drawn_rows(

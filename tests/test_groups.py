@@ -1,7 +1,9 @@
 """Groups: rows of one part are left out of every fit together."""
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from sklearn import config_context
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_validate
 from sklearn.pipeline import make_pipeline
@@ -94,7 +96,13 @@ def test_groups_that_share_a_copy_are_one():
 def test_labels_may_be_of_any_kind():
     expected = DFKDEDetector(**SETTINGS).fit(X, groups=GROUPS).calibration_scores_
     numbers = np.unique(GROUPS, return_inverse=True)[1]
-    for groups in (GROUPS.tolist(), GROUPS.astype(object), numbers, numbers * 0.5):
+    days = np.datetime64("2020-01-01", "ns") + numbers * np.timedelta64(1, "D")
+    for groups in (
+        *(GROUPS.tolist(), GROUPS.astype(object), numbers, numbers * 0.5, numbers[:, None], days),
+        *([(i, "left") for i in numbers], list(torch.from_numpy(numbers)), torch.from_numpy(numbers)),
+        pd.Series(GROUPS, index=np.arange(100, 160)),
+        pd.Series(pd.Categorical(GROUPS)),
+    ):
         detector = DFKDEDetector(**SETTINGS).fit(X, groups=groups)
         np.testing.assert_allclose(detector.calibration_scores_, expected, rtol=1e-9)
 
@@ -106,12 +114,28 @@ def test_labels_may_be_of_any_kind():
         (["a"] * 60, r"all 60 rows are one group"),
         ([*GROUPS[:-1].tolist(), None], r"groups\[59\] is None: 1 of 60 labels are missing"),
         ([np.nan, *range(59)], r"groups\[0\] is nan: 1 of 60"),
-        (np.zeros((60, 2)), "y should be a 1d array"),
+        (["a", float("nan"), *["b"] * 58], r"groups\[1\] is nan: 1 of 60"),
+        (np.array(["NaT", *["2020-01-01"] * 59], "datetime64[ns]"), r"groups\[0\] is NaT: 1 of 60"),
+        (np.ma.masked_array(np.arange(60), np.arange(60) == 3), r"groups\[3\] is None: 1 of 60"),
+        ([pd.NA, *range(59)], r"groups\[0\] is <NA>: 1 of 60"),
+        (pd.Series([pd.NA, *range(59)], dtype="Int64"), r"groups\[0\] is .*: 1 of 60"),
+        (np.zeros((60, 2)), r"groups is a ndarray of shape \(60, 2\)"),
+        ("part", r"groups is a str of shape \(\)"),
+        (dict.fromkeys(range(60)), r"groups is a dict of shape \(\)"),
     ],
 )
 def test_groups_that_cannot_be_are_refused(groups, message):
     with pytest.raises(ValueError, match=message):
         DFKDEDetector().fit(X, groups=groups)
+
+
+def test_labels_that_are_no_keys_are_refused():
+    with pytest.raises(TypeError, match=r"labels that are no keys of a dictionary \(.*'list'"):
+        DFKDEDetector().fit(X, groups=[[i] for i in range(60)])
+
+
+def test_a_number_is_not_the_string_of_it():
+    assert with_copies([1, "1", 1, "1"], np.arange(4.0)[:, None]).tolist() == [0, 1, 0, 1]
 
 
 def test_groups_are_routed_through_pipelines_and_searches():
