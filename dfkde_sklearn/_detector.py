@@ -74,7 +74,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         The term for the distance from the principal axes. "box" weighs it by its effective dimension [3]_, "gaussian"
         is the residual of probabilistic PCA [2]_, None scores the components alone.
     max_samples : int or None, default=40000
-        Fit on at most this many training rows, drawn with `random_state`; None takes all.
+        Fit on at most this many training rows, drawn with `random_state`, of `groups` whole ones; None takes all.
     contamination : "auto" or float, default="auto"
         "auto" takes all training rows for normal. A float in (0, 0.5] is the share of them that is anomalous: the rows
         with the lowest scores leave the fit, and the threshold lies between them and the others.

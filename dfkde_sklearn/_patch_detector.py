@@ -312,6 +312,12 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         group_ids = with_copies(groups, vectors.reshape(n, -1))
         drawn = drawn_rows(n, self.max_samples, None if groups is None else group_ids, self.random_state)
         images = floats(vectors if len(drawn) == n else vectors[drawn])
+        largest = int(group_ids[drawn].unique(return_counts=True)[1].max())
+        if groups is not None and len(drawn) - largest < _MIN_IMAGES - 1:
+            raise ValueError(
+                f"groups: {largest} of {len(drawn)} images are one group, and a fit without them needs at least "
+                f"{_MIN_IMAGES - 1} others. Give good examples of more parts."
+            )
         if groups is None:
             warn_of_near_duplicates(images.reshape(len(drawn), -1), "images", _N_FOLDS)
         contamination = 0.0 if self.contamination == "auto" else float(self.contamination)

@@ -129,6 +129,12 @@ def test_groups_that_cannot_be_are_refused(groups, message):
         DFKDEDetector().fit(X, groups=groups)
 
 
+def test_a_fit_at_positions_needs_two_images_without_the_largest_group():
+    with pytest.raises(ValueError, match="groups: 9 of 10 images are one group.*at least 2 others"):
+        PatchDFKDEDetector().fit(X[:10], groups=[0] * 9 + [1])
+    assert np.isfinite(PatchDFKDEDetector().fit(X[:10], groups=[0] * 8 + [1, 2]).offset_)
+
+
 def test_labels_that_are_no_keys_are_refused():
     with pytest.raises(TypeError, match=r"labels that are no keys of a dictionary \(.*'list'"):
         DFKDEDetector().fit(X, groups=[[i] for i in range(60)])
