@@ -179,7 +179,7 @@ def share_of_near_duplicates(table: NDArray[np.number], n_folds: int = N_FOLDS) 
     queries = _evenly_spaced(_QUERIES, n)
     nearest = _nearest_distances(_whitened(table, rows), queries, fold[rows], high)
     radius = nearest[:, -1:]
-    is_proper = (nearest[:, 0] > 0) & np.isfinite(radius[:, 0])
+    is_proper = (nearest[:, low - 1] > 0) & np.isfinite(radius[:, 0])
     if not is_proper.any():
         return 0.0
     nearest, radius = nearest[is_proper], radius[is_proper]

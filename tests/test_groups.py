@@ -130,7 +130,7 @@ def test_groups_that_cannot_be_are_refused(groups, message):
 
 
 def test_a_fit_at_positions_needs_two_images_without_the_largest_group():
-    with pytest.raises(ValueError, match="groups: 9 of 10 images are one group.*at least 2 others"):
+    with pytest.raises(ValueError, match=r"groups: 9 of 10 images are one group.*at least 2 others"):
         PatchDFKDEDetector().fit(X[:10], groups=[0] * 9 + [1])
     assert np.isfinite(PatchDFKDEDetector().fit(X[:10], groups=[0] * 8 + [1, 2]).offset_)
 
@@ -277,6 +277,14 @@ def test_near_duplicates_are_those_of_a_slow_search(seed, monkeypatch):
     assert 60 <= sum(is_found) <= 65
     monkeypatch.setattr("dfkde_sklearn._groups._ENTRIES", 1000)  # in several blocks
     assert share_of_near_duplicates(rows) == np.mean(is_found)
+
+
+@pytest.mark.parametrize("noise", [1e-14, 1e-8, 1e-4])
+def test_copies_but_for_rounding_are_near_duplicates(noise):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200, 8))
+    rows[150:] = rows[:50] + noise * rng.normal(size=(50, 8))
+    assert share_of_near_duplicates(rows) == pytest.approx(0.5, abs=0.02)
 
 
 def test_an_outlier_hides_no_near_duplicates():
