@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.utils import column_or_1d
 from torch import Tensor
 
@@ -133,13 +132,24 @@ def warn_of_near_duplicates(table: NDArray[np.number], what: str) -> None:
 
 def _distances(table: NDArray[np.number], rows: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the distances of some of the rows to all, in units of the standard deviation of each feature."""
-    deviations = table[rows].std(0, dtype=np.float64)
+    chosen = table[rows[queries]].astype(np.float64)
+    largest = max(float(np.abs(chosen).max()), float(np.finfo(np.float64).tiny))
+    centre = chosen[0] / largest
+    deviations = (chosen / largest).std(0)
     scale = np.where(deviations > 0, deviations, 1.0)
-    centre = table[rows[0]].astype(np.float64)
-    chosen = (table[rows[queries]] - centre) / scale
-    distances = np.empty((len(queries), len(rows)))
-    step = max(1, _ENTRIES // table.shape[1])
-    for start in range(0, len(rows), step):
-        block = (table[rows[start : start + step]] - centre) / scale
-        distances[:, start : start + step] = euclidean_distances(chosen, block)
-    return distances
+
+    def in_units(values: NDArray[np.number]) -> NDArray[np.float64]:
+        return (values / largest - centre) / scale
+
+    # Rows that lie farther out than the largest number are at no finite distance.
+    with np.errstate(over="ignore", invalid="ignore"):
+        chosen = in_units(chosen)
+        squares = (chosen**2).sum(1)[:, None]
+        distances = np.empty((len(queries), len(rows)))
+        step = max(1, _ENTRIES // table.shape[1])
+        for start in range(0, len(rows), step):
+            block = in_units(table[rows[start : start + step]])
+            distances[:, start : start + step] = squares + (block**2).sum(1) - 2 * chosen @ block.T
+        # What differs by rounding only is at no distance.
+        distances[distances < 1e-12 * squares] = 0.0
+        return np.nan_to_num(np.sqrt(distances), nan=np.inf)
