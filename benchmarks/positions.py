@@ -42,6 +42,7 @@ from real_data import (
     print_heading,
     print_table,
     print_versions,
+    write_figure,
 )
 from torch import Tensor
 
@@ -83,6 +84,7 @@ def main() -> None:
         extractor = TimmFeatures(backbone(options.backbone, options.weights), pooling=None)
         maps = extractor.fit_transform(images.paths.tolist())
         masks = masks_of(folder, images)
+        written: list[dict[str, str]] = []
         for n in sizes:
             splits = [split_by_group(images, n, seed) for seed in range(n_splits)]
             table = {name: row(method, images, maps, masks, splits) for name, method in methods().items()}
@@ -92,6 +94,7 @@ def main() -> None:
                 f"Splits by group: {n_splits}.",
             )
             print_table("method", {method: shown(figures) for method, figures in table.items()})
+            written += [{"images": str(n), "method": method} | shown(figures) for method, figures in table.items()]
             ours, *others = (
                 table[method]["image AUROC"].mean()
                 for method in ("density at each position", "PaDiM", "PatchCore 4 %", "Ledoit-Wolf, pooled")
@@ -99,6 +102,8 @@ def main() -> None:
             claims[f"{name}, {n}: {ours:.3f} is within .01 of the best rival, {max(others):.3f}"] = bool(
                 ours > max(others) - 0.01
             )
+        if options.write and not options.quick:
+            write_figure(f"positions_{name}_{options.backbone}", written)
         ratio = cost(extractor, images)
         claims[f"{name}: an image takes {ratio:.3f} times what its features take"] = ratio <= MAX_COST
     check_claims(claims, time.perf_counter() - start, quick=options.quick)

@@ -98,6 +98,7 @@ def option_parser(description: str | None, *paths: str) -> argparse.ArgumentPars
     for name in paths:
         parser.add_argument(f"--{name}", type=Path, help=f"{texts[name]} (or the variable DFKDE_{name.upper()})")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
+    parser.add_argument("--write", action="store_true", help="also write the tables that pages include to docs/figures")
     parser.set_defaults(paths=paths)
     return parser
 
@@ -331,6 +332,17 @@ def group_interval(
 def print_heading(title: str, options: str, text: str) -> None:
     command = f"python benchmarks/{Path(sys.argv[0]).name} {options}"
     print(f"\n## {title}\n\nCommand: `{command}`. {text}\n", flush=True)
+
+
+def write_figure(name: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write a table to `docs/figures`, from where the pages include it."""
+    file = Path(__file__).parents[1] / "docs" / "figures" / f"{name}.csv"
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\nWritten to {file.relative_to(file.parents[2])}.")
 
 
 def print_table(corner: str, rows: Mapping[str, Mapping[str, float | str]]) -> None:

@@ -572,10 +572,10 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         passes = _FLIPS[self.flips]
         if not passes:
             return features
-        if not isinstance(self.features_, FeatureExtractor):
+        if not isinstance(self.features_, FeatureExtractor) or self.features_.grid_shape_ is None:
             raise ValueError(
-                f"flips={self.flips!r} needs TimmFeatures or ScatteringFeatures, which can flip images; "
-                f"features={self.features_!r}."
+                f"flips={self.flips!r} needs TimmFeatures or ScatteringFeatures with pooling=None, whose features can "
+                f"be flipped back; features={self.features_!r}."
             )
         total = features.astype(np.float64)
         for axes in passes:
@@ -590,7 +590,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
             X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
         shape = tuple(X.shape) if hasattr(X, "shape") else ()
         if len(shape) == 4 and min(shape[1:]) > 0:
-            grid_shape, table = shape[1:3], np.asarray(X).reshape(shape[0], -1)
+            grid_shape, table = shape[1:3], np.asarray(X).reshape(shape[0], math.prod(shape[1:]))
         elif len(shape) != 4 and is_matrix(X):
             grid_shape, table = (1, 1), X
         else:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dfkde_sklearn._density.folds import fold_places
+from dfkde_sklearn._density.scoring import finite
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth, silverman_bandwidth
 
 # The parts of a fitted density: the name of each, and its axes (p positions, c channels, m kernels). A part without
@@ -111,16 +112,19 @@ class PositionDensity:
 
     def _log_density_at(self, vectors: Tensor, places: slice) -> Tensor:
         """Return the log density (p, n) of scaled and normalised vectors (n, p, C)."""
-        kernels, h = self.kernel_centers[places], self.bandwidth
+        kernels, h = self.kernel_centers[places].to(vectors.dtype), self.bandwidth
         m, n_channels = kernels.shape[1:]
         # Centred in float64: a mean far from zero leaves no digits of the differences.
         centred = (vectors.double() - self.mean[places]).to(vectors.dtype)
-        whitened = centred.transpose(0, 1) @ self.whitening[places]
+        whitened = centred.transpose(0, 1) @ self.whitening[places].to(vectors.dtype)
+        # However far out: products with kernels stay finite.
+        largest = math.sqrt(torch.finfo(vectors.dtype).max) / n_channels
+        whitened = whitened.nan_to_num(largest).clamp(-largest, largest)
         # |z - k|^2, less the part that is the same for all kernels: that cannot underflow in the sum.
         products = (whitened @ kernels.transpose(1, 2) - kernels.square().sum(2)[:, None] / 2) / h**2
         log_sums = torch.logsumexp(products, 2).double() - whitened.double().square().sum(2) / (2 * h**2)
         constant = math.log(m) + n_channels * (math.log(h) + math.log(math.tau) / 2)
-        return (log_sums + (self.log_volumes[places][:, None] - constant)).to(vectors.dtype)
+        return finite((log_sums + (self.log_volumes[places][:, None] - constant)).to(vectors.dtype))
 
 
 class PositionTraining(NamedTuple):
