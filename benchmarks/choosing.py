@@ -43,6 +43,8 @@ def main() -> None:
     options = parse(option_parser(__doc__, "tiles", "weights"))
     start = time.perf_counter()
     warnings.filterwarnings("ignore", message=".*training rows cannot be scored by a fit without them")
+    # Rankings are compared, for which no threshold is needed.
+    warnings.filterwarnings("ignore", message=".*have a near-duplicate")
     print_versions("timm")
     images = load_images(options.tiles)
     X, y, groups = images.paths, images.is_defect.astype(int), images.groups

@@ -99,10 +99,18 @@ class Figures(NamedTuple):
     found: float
 
 
+Groups = NDArray[np.str_]
+FiguresAndScores = tuple[Figures, tuple[Scores, Scores]]
+# Training rows, their groups, normal and anomalous test rows -> figures and scores.
+Way = Callable[[Matrix, Groups, Matrix, Matrix], FiguresAndScores]
+
+
 def main() -> None:
     options = parsed_options(__doc__, "mvtec", "tiles", "elpv", "weights")
     start = time.perf_counter()
     warnings.filterwarnings("ignore", message=".*training rows cannot be scored by a fit without them")
+    # Searches with labels compare rankings, for which no threshold is needed.
+    warnings.filterwarnings("ignore", message=".*have a near-duplicate")
     print_versions("pyod", "timm")
     claims: dict[str, bool] = {}
     n_threads = torch.get_num_threads()
@@ -278,7 +286,7 @@ def images_without_labels(
     splits = group_splits(images, n_seeds)
     of_folders: dict[str, dict[str, Figures]] = {}
     at_random: dict[str, dict[str, Figures]] = {}
-    ways: dict[str, Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]] = {
+    ways: dict[str, Way] = {
         **{name: dfkde_figures(setting) for name, setting in DETECTORS.items()},
         **{name: rival_figures(RIVALS[name]) for name in ("Ledoit-Wolf", "1-NN")},
     }
@@ -288,7 +296,7 @@ def images_without_labels(
         row = f"{name} ({X.shape[1]})"
         of_folders[row], at_random[row] = {}, {}
         for detector, way in ways.items():
-            runs = [way(X[train], X[test], X[images.is_defect]) for train, test in splits]
+            runs = [way(X[train], images.groups[train], X[test], X[images.is_defect]) for train, test in splits]
             of_folders[row][detector] = runs[0][0]
             at_random[row][detector] = Figures(*np.mean([figures for figures, _ in runs[1:]], axis=0).tolist())
             if name == RECOMMENDED and detector == "DFKDE, auto and box":
@@ -307,8 +315,7 @@ def images_without_labels(
         "kept, borders filled), layers averaged over positions, and `ScatteringFeatures`, side by side as they are. "
         f"False alarms: the share of normal test images called anomalous at target_fpr={TARGET_FPR}; found: that of "
         "defective ones. "
-        "Images of one group are adjacent, so that a group mostly falls into one of the detector's 20 folds. "
-        "Ledoit-Wolf and 1-NN have a threshold from the same folds.",
+        "Thresholds are from 20 folds of whole groups, those of Ledoit-Wolf and 1-NN too.",
     )
     print(f"Trained on the {int(images.is_train.sum())} images of train/good, tested on test/:\n")
     print_table("features", with_cells(of_folders))
@@ -402,26 +409,23 @@ def dfkde_scores(
     return {name: (-found.score_samples(normal), -found.score_samples(anomalous)) for name, found in fitted.items()}
 
 
-def dfkde_figures(
-    setting: Mapping[str, Any],
-) -> Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]:
-    def figures(train: Matrix, normal: Matrix, anomalous: Matrix) -> tuple[Figures, tuple[Scores, Scores]]:
-        detector = DFKDEDetector(features=None, target_fpr=TARGET_FPR, **setting).fit(train)
+def dfkde_figures(setting: Mapping[str, Any]) -> Way:
+    def figures(train: Matrix, groups: Groups, normal: Matrix, anomalous: Matrix) -> FiguresAndScores:
+        detector = DFKDEDetector(features=None, target_fpr=TARGET_FPR, **setting).fit(train, groups=groups)
         scores = -detector.score_samples(normal), -detector.score_samples(anomalous)
         return at_threshold(scores, -detector.offset_), scores
 
     return figures
 
 
-def rival_figures(
-    score: Rival,
-) -> Callable[[Matrix, Matrix, Matrix], tuple[Figures, tuple[Scores, Scores]]]:
-    """Return a function that gives a rival a threshold as the detector has it, from out-of-fold scores in 20 folds."""
+def rival_figures(score: Rival) -> Way:
+    """Return a function that gives a rival a threshold as the detector has it, by 20 folds of whole groups."""
 
-    def figures(train: Matrix, normal: Matrix, anomalous: Matrix) -> tuple[Figures, tuple[Scores, Scores]]:
+    def figures(train: Matrix, groups: Groups, normal: Matrix, anomalous: Matrix) -> FiguresAndScores:
         train, normal, anomalous = (rows.astype(np.float64) for rows in (train, normal, anomalous))
-        runs = np.array_split(np.arange(len(train)), min(20, len(train)))
-        held_out = np.concatenate([score(np.delete(train, run, axis=0), train[run]) for run in runs])
+        names = np.unique(groups)
+        folds = [np.isin(groups, some) for some in np.array_split(names, min(20, len(names)))]
+        held_out = np.concatenate([score(train[~fold], train[fold]) for fold in folds])
         both = score(train, np.concatenate([normal, anomalous]))
         scores = both[: len(normal)], both[len(normal) :]
         return at_threshold(scores, float(np.quantile(held_out, 1 - TARGET_FPR))), scores
