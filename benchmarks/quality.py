@@ -328,8 +328,8 @@ def images_without_labels(
     best = {name: max(figures[name].auroc for figures in at_random.values()) for name in ways}
     rival = max(("Ledoit-Wolf", "1-NN"), key=lambda name: best[name])
     ahead = best["DFKDE, auto and box"] - best[rival]
-    claims[f"{option}, auto and box: on its best features at most 0.01 behind {rival} on its own ({ahead:+.3f})"] = (
-        ahead >= -0.01
+    claims[f"{option}, auto and box: on its best features at most 0.02 behind {rival} on its own ({ahead:+.3f})"] = (
+        ahead >= -0.02
     )
     return claims
 

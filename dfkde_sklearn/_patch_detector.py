@@ -94,8 +94,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         Whether the mirrored maps of the training images are training images too. "auto" mirrors them where there are
         fewer images than channels.
     max_samples : int or None, default=1000
-        Fit on at most this many training images, drawn with `random_state`; None takes all. Each adds a kernel at every
-        position.
+        Fit on at most this many training images, drawn with `random_state`, of `groups` whole ones; None takes all.
+        Each adds a kernel at every position.
     contamination : "auto" or float, default="auto"
         "auto" takes all training images for normal. A float in (0, 0.5] is the share of them that is anomalous: the
         images with the lowest out-of-fold scores leave the fit, and the threshold lies between them and the others.
