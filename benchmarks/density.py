@@ -61,6 +61,8 @@ ADDED_BYTES = 100e6
 N, D, QUERIES = 40_000, 16, (2000, 10_000)
 # Of the bare product and exp2, in the cache of a core.
 _TILE_QUERIES, _TILE_ROWS = 512, 480
+# Pairs of a slow way for each bare tile: 256 tiles in a full run, which take about as long.
+_PAIRS_PER_TILE = 15_625
 
 
 class Problem(NamedTuple):
@@ -204,7 +206,7 @@ def rates(p: Problem, names: Iterable[str], rounds: int, slow_pairs: float) -> d
     """Return pairs a second: our own, of the peers of these names, of bare tiles, and at the limit."""
     n, (m, d), dtype = len(p.support), p.X.shape, str(p.X.dtype)
     few = max(1, min(m, round(slow_pairs / n)))
-    n_tiles = 256
+    n_tiles = round(slow_pairs / _PAIRS_PER_TILE)
     calls = {OURS: our_scorer(p, m), **{name: PEERS[name](p, few) for name in names}}
     calls |= {TORCH: bare_tiles(n_tiles, d, dtype), LIMIT: bare_multiplications(n_tiles, dtype)}
     taken = medians(calls, rounds)
@@ -316,7 +318,7 @@ def small_calls(claims: list[Claim], rounds: int) -> None:
             cells = []
             for n, m in shapes:
                 p = problem(n, m, d, dtype)
-                taken = medians({OURS: our_scorer(p, m), "SciPy": scipy_scorer(p, m)}, 20 * rounds)
+                taken = medians({OURS: our_scorer(p, m), "SciPy": scipy_scorer(p, m)}, rounds)
                 cells.append(f"{taken[OURS] * 1e6:.0f} ({taken['SciPy'] * 1e6:.0f})")
                 bounds = [times for pairs, times in SMALL_CALLS_TIMES_SCIPY.items() if n * m >= pairs]
                 if bounds:
@@ -423,7 +425,7 @@ def main() -> None:
         check_agreement(dtype, PEERS)
     of_scipy = headline(claims, rounds, slow_pairs)
     found = sweeps(claims, max(1, rounds // 2), slow_pairs, pairs)
-    small_calls(claims, rounds)
+    small_calls(claims, 1 if options.quick else 20 * rounds)
     leave_one_out_and_bandwidth(claims, of_scipy, rounds, 2000 if options.quick else N)
     memory(claims, *((1000, 100_000) if options.quick else (N, 1_000_000)))
     if options.plot:
