@@ -1,12 +1,14 @@
 """Principal axes: time and error beside scikit-learn's solvers.
 
     python benchmarks/pca.py
+    python benchmarks/pca.py --write
 
-Prints two tables in markdown. The first has for each shape and dtype the time of the detector's principal axes
-(centring and, where there are far fewer rows than columns, rotation onto the span included) and of each solver of
-`sklearn.decomposition.PCA`, and the sine of the largest angle between the 16 axes found and those of a decomposition in
-float64. Its last column is how many times as long as this library the fastest solver of equal accuracy takes: below 1
-it is faster, as ARPACK may be, which finds the few axes and nothing else.
+Prints two tables in markdown; ``--write`` also writes what the documentation shows of them. The first has for each
+shape and dtype the time of the detector's principal axes (centring and, where there are far fewer rows than columns,
+rotation onto the span included) and of each solver of `sklearn.decomposition.PCA`, and the sine of the largest angle
+between the 16 axes found and those of a decomposition in float64. Its last column is how many times as long as this
+library the fastest solver of equal accuracy takes: below 1 it is faster, as ARPACK may be, which finds the few axes
+and nothing else.
 
 A fit decomposes the rows 21 times: all of them, and all but one of 20 folds. That is the second table: this library
 sums the scatter matrix of each fold once, and ARPACK, the fastest of equal accuracy there, starts anew for each.
@@ -25,6 +27,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from real_data import write_figure
 from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one round of the small shapes, and no claims: shows that it runs"
     )
+    parser.add_argument("--write", action="store_true", help="also write the tables that pages include to docs/figures")
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1
@@ -56,6 +60,8 @@ def main() -> None:
     print(f"| rows x columns | dtype | this library | {' | '.join(SOLVERS)} | fastest equal / this library |")
     print(f"|---|---|---|{'---|' * len(SOLVERS)}---|")
     claims: dict[str, bool] = {}
+    of_axes: list[dict[str, str]] = []
+    of_folds: list[dict[str, str]] = []
     for shape in SHAPES[2:] if options.quick else SHAPES:
         wide = features(*shape)
         reference = exact_axes(wide)
@@ -71,6 +77,9 @@ def main() -> None:
             cells = [
                 f"{times[n] * 1e3:.0f} ({errors[n]:.0e})" if n in times else "" for n in ("this library", *SOLVERS)
             ]
+            if dtype == "float64":
+                columns = ("this library", *SOLVERS)
+                of_axes.append({"rows x columns": f"{shape[0]} x {shape[1]}"} | dict(zip(columns, cells, strict=True)))
             rival = f"{ratio:.2f}" if equal else "none is"
             print(f"| {shape[0]} x {shape[1]} | {dtype} | {' | '.join(cells)} | {rival} |", flush=True)
             name = f"{shape[0]} x {shape[1]}, {dtype}"
@@ -88,9 +97,15 @@ def main() -> None:
         times, errors = measured(ways, X, exact_axes(X[: -shape[0] // N_FOLDS]), max(1, options.rounds // 2))
         ratio = times["arpack"] / times["own"]
         print(f"| {shape[0]} x {shape[1]} | {times['own']:.2f} | {times['arpack']:.2f} | {ratio:.1f} |", flush=True)
+        cells = [f"{times['own']:.2f}", f"{times['arpack']:.2f}", f"{ratio:.1f}"]
+        columns = ("all rows, and without each of 20", "arpack", "ratio")
+        of_folds.append({"rows x columns": f"{shape[0]} x {shape[1]}"} | dict(zip(columns, cells, strict=True)))
         name = f"{shape[0]} x {shape[1]}, without each fold"
         claims[f"{name}: error {errors['own']:.0e}, under {DTYPES['float64']:.0e}"] = errors["own"] < DTYPES["float64"]
         claims[f"{name}: ARPACK takes {ratio:.1f} times as long, at least 1"] = ratio >= 1
+    if options.write and not options.quick:
+        write_figure("pca_axes", of_axes)
+        write_figure("pca_folds", of_folds)
     print()
     for claim, holds in claims.items():
         print(f"- {'holds' if holds else 'FAILS'}: {claim}")

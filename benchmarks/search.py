@@ -42,8 +42,8 @@ from dfkde_sklearn import AnomalyClassifier, DFKDEDetector, TimmFeatures, cache_
 LAYERS = ["blocks.2", "blocks.4", "global_pool"]
 N_COMPONENTS = [2, 4, 8, 16]
 BANDWIDTHS = ["scott", "silverman"]
-N_CANDIDATES = len(LAYERS) * len(N_COMPONENTS) * len(BANDWIDTHS)
 N_FOLDS = 5
+# Images of a quick run, which searches one number of components.
 QUICK = 12
 
 Labels = NDArray[np.int64]
@@ -100,16 +100,22 @@ def parsed_options() -> argparse.Namespace:
         type=int,
         default=len(LAYERS),
         metavar="K",
-        help=f"how many of the {N_CANDIDATES} candidates of (a) are run, a multiple of {len(LAYERS)} (%(default)s)",
+        help=f"how many of the {n_candidates()} candidates of (a) are run, a multiple of {len(LAYERS)} (%(default)s)",
     )
     options = parse(parser)
     if options.quick:
         options.tiles_used = QUICK
+        del N_COMPONENTS[1:]
     if options.tiles_used is not None and options.tiles_used < 2 * N_FOLDS:
         parser.error(f"--tiles-used {options.tiles_used}: at least {2 * N_FOLDS}, both kinds in all folds.")
-    if options.plain_candidates % len(LAYERS) or N_CANDIDATES % options.plain_candidates:
-        parser.error(f"--plain-candidates {options.plain_candidates}: a multiple of {len(LAYERS)} that divides 24.")
+    n = n_candidates()
+    if options.plain_candidates % len(LAYERS) or n % options.plain_candidates:
+        parser.error(f"--plain-candidates {options.plain_candidates}: a multiple of {len(LAYERS)} that divides {n}.")
     return options
+
+
+def n_candidates() -> int:
+    return len(LAYERS) * len(N_COMPONENTS) * len(BANDWIDTHS)
 
 
 def tiles(folder: Path, n: int | None) -> tuple[list[str], Labels]:
@@ -165,7 +171,7 @@ def compared(X: list[str], y: Labels, weights: Path, folder: Path, n_plain: int,
 
     steps = [("features", TimmFeatures(network)), ("density", DFKDEDetector(features=None))]
     pipeline = Pipeline(steps, memory=str(folder / "memory"))
-    some = [{name: [value] for name, value in c.items()} for c in ParameterGrid(grid())][:: N_CANDIDATES // n_plain]
+    some = [{name: [value] for name, value in c.items()} for c in ParameterGrid(grid())][:: n_candidates() // n_plain]
     runs = {
         "one pass for the features of all layers": run(extracted),
         "the density work: the search on the features": run(density_work),
@@ -174,7 +180,7 @@ def compared(X: list[str], y: Labels, weights: Path, folder: Path, n_plain: int,
         "(c) with a folder, `n_jobs=2`": run(lambda: filled_search(in_folder, n_jobs=2)),
         "(c) that folder, `HalvingGridSearchCV`": run(lambda: filled_search(in_folder, halving=True)),
         "(b) `Pipeline(memory=)`": run(lambda: searched(pipeline, grid(LAYERS[1:2], "density__"), X, y), len(LAYERS)),
-        "(a) no cache": run(lambda: searched(detector(), some, X, y, refit=False), N_CANDIDATES / n_plain),
+        "(a) no cache": run(lambda: searched(detector(), some, X, y, refit=False), n_candidates() / n_plain),
     }
     extraction, density, ours, again, parallel, halving, _, plain = runs.values()
     print(
@@ -183,12 +189,12 @@ def compared(X: list[str], y: Labels, weights: Path, folder: Path, n_plain: int,
         f"--plain-candidates {n_plain}`. {int(y.sum())} of the N = {len(X)} images are defective. {len(LAYERS)} "
         f"layers x {len(N_COMPONENTS)} numbers of components x {len(BANDWIDTHS)} bandwidths, {N_FOLDS} folds, refit. "
         "(a) and (b) are run in part and multiplied, as the column `run` says. The density work is "
-        f"{1000 * density.seconds / (N_CANDIDATES * N_FOLDS):.0f} ms for each candidate and fold.\n"
+        f"{1000 * density.seconds / (n_candidates() * N_FOLDS):.0f} ms for each candidate and fold.\n"
     )
     print("| | run | images | seconds | images, whole search | of N | seconds, whole search | of (c) |")
     print("|---|---|---|---|---|---|---|---|")
     for name, found in runs.items():
-        part = f"{len(found.scores)} of {N_CANDIDATES} candidates, x {found.whole:.0f}" if found.whole > 1 else "all"
+        part = f"{len(found.scores)} of {n_candidates()} candidates, x {found.whole:.0f}" if found.whole > 1 else "all"
         n_whole, seconds = round(found.n_images * found.whole), found.seconds * found.whole
         print(
             f"| {name} | {part} | {found.n_images} | {found.seconds:.1f} | {n_whole} | {n_whole / len(X):.1f} | "
