@@ -187,3 +187,19 @@ def test_a_constant_position_is_as_wide_as_the_pooled_share_says():
 def test_equal_images_have_no_density(offset):
     with pytest.raises(ValueError, match=r"The \d+ training images do not differ.*at least three"):
         fitted(torch.full((5, 3, 2), offset, dtype=torch.float64))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("settings", [SETTINGS, SETTINGS._replace(kind="gaussian", normalization=0.5)], ids=str)
+def test_a_gpu_gives_the_same(settings):
+    train, queries, groups = vectors(30), vectors(5, seed=1), torch.arange(30) // 2
+    mirror = torch.tensor([2, 1, 0, 5, 4, 3])
+    expected = fitted(train, settings, groups=groups, mirror=mirror, n_anomalous=2)
+    actual = fitted(train.cuda(), settings, groups=groups.cuda(), mirror=mirror.cuda(), n_anomalous=2)
+    torch.testing.assert_close(actual.calibration_maps.cpu(), expected.calibration_maps, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        actual.fitted.log_density(queries.cuda(), MEMORY).cpu(),
+        expected.fitted.log_density(queries, MEMORY),
+        rtol=1e-9,
+        atol=1e-9,
+    )
