@@ -105,7 +105,9 @@ def option_parser(description: str | None, *paths: str) -> argparse.ArgumentPars
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the options, with the paths from the environment or of generated data where they are not given."""
+    global WRITES
     options = parser.parse_args()
+    WRITES = options.write and not options.quick
     given = {name: getattr(options, name) for name in options.paths}
     if options.quick:
         if any(given.values()):
@@ -334,6 +336,10 @@ def print_heading(title: str, options: str, text: str) -> None:
     print(f"\n## {title}\n\nCommand: `{command}`. {text}\n", flush=True)
 
 
+# Whether tables become figures of the pages: ``--write``, and not of generated data.
+WRITES = False
+
+
 def write_figure(name: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Write a table to `docs/figures`, from where the pages include it."""
     file = Path(__file__).parents[1] / "docs" / "figures" / f"{name}.csv"
@@ -345,10 +351,25 @@ def write_figure(name: str, rows: Sequence[Mapping[str, str]]) -> None:
     print(f"\nWritten to {file.relative_to(file.parents[2])}.")
 
 
-def print_table(corner: str, rows: Mapping[str, Mapping[str, float | str]]) -> None:
+def print_table(
+    corner: str,
+    rows: Mapping[str, Mapping[str, float | str]],
+    figure: str | None = None,
+    shown: Sequence[str] | None = None,
+) -> None:
+    """Print a table in markdown; with ``--write`` its columns `shown`, or all, become the `figure` of a page."""
     columns: Sequence[str] = list(next(iter(rows.values())))
     print(f"| {corner} | {' | '.join(columns)} |")
     print(f"|---|{'---|' * len(columns)}")
+    written: list[dict[str, str]] = []
     for name, row in rows.items():
-        cells = [value if isinstance(value, str) else f"{value:.3f}" for value in (row[column] for column in columns)]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        cells = {
+            column: value if isinstance(value, str) else f"{value:.3f}"
+            for column, value in ((column, row[column]) for column in columns)
+        }
+        print(f"| {name} | {' | '.join(cells.values())} |", flush=True)
+        # Two backquotes are code in the pages.
+        of_page = {column: cells[column] for column in shown or columns}
+        written.append({corner: name.replace("`", "``")} | of_page)
+    if figure is not None and WRITES:
+        write_figure(figure, written)

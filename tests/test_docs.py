@@ -55,7 +55,7 @@ def test_a_table_of_figures_is_included_and_written_by_the_benchmark_that_its_na
         script
         for script in (ROOT / "benchmarks").glob("*.py")
         if figure.stem.startswith(f"{script.stem}_")
-        and re.search(rf'write_figure\(f?"{script.stem}_', script.read_text(encoding="utf-8"))
+        and re.search(rf'f?"{script.stem}_[a-z{{]', script.read_text(encoding="utf-8"))
     ]
     assert len(writers) == 1
     header, *rows = csv.reader(figure.read_text(encoding="utf-8").splitlines())
