@@ -187,18 +187,26 @@ threading.Thread(target=later).start()
     assert outcome(script, OMP_NUM_THREADS="2") == ["2"]
 
 
-def test_a_process_ends_while_a_daemon_of_it_scores():
+@pytest.mark.parametrize("run", ["on_single_core(task)", "run_on_single_cores(2)(lambda _: task(), range(2))"])
+def test_a_process_ends_after_what_the_threads_are_at(run):
+    # Not a daemon that computes with torch itself: as Python ends it, torch ends the process, whatever it computes.
     script = f"""
-{USE}
+import threading, time, torch
+from dfkde_sklearn._threads import on_single_core, run_on_single_cores
 begun = threading.Event()
 
-def score_for_ever():
-    detector = DFKDEDetector(n_components=8).fit(X)
-    while True:
-        detector.score_samples(X)
-        begun.set()
+def task():
+    begun.set()
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        torch.ones(50, 50) @ torch.ones(50, 50)
+    print("done", flush=True)
 
-threading.Thread(target=score_for_ever, daemon=True).start()
+def wait_for_ever():
+    {run}
+    threading.Event().wait()
+
+threading.Thread(target=wait_for_ever, daemon=True).start()
 begun.wait()
 """
-    assert outcome(script, OMP_NUM_THREADS="2") == []
+    assert set(outcome(script, OMP_NUM_THREADS="2")) == {"done"}
