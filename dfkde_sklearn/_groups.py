@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.utils import check_random_state
 from torch import Tensor
 
@@ -229,29 +228,35 @@ def _whitened(table: NDArray[np.number], rows: NDArray[np.int64]) -> NDArray[np.
     sample = (sample - mean) / deviations
     n_axes = min(_N_AXES, len(sample) // 4, table.shape[1])
     is_wide = len(sample) <= table.shape[1]
-    products = sample @ sample.T if is_wide else sample.T @ sample
-    pairs = leading_eigenpairs(torch.from_numpy(products), n_axes)
+    of_torch = torch.from_numpy(sample)
+    products = of_torch @ of_torch.T if is_wide else of_torch.T @ of_torch
+    pairs = leading_eigenpairs(products, n_axes)
     eigenvalues, vectors = (tensor.numpy() for tensor in pairs)
     is_axis = eigenvalues > _ROUNDING * eigenvalues[0]
     eigenvalues, vectors = eigenvalues[is_axis], vectors[:, is_axis]
-    axes = sample.T @ vectors / eigenvalues if is_wide else vectors / np.sqrt(eigenvalues)
+    axes = _product(sample.T, vectors) / eigenvalues if is_wide else vectors / np.sqrt(eigenvalues)
     whitened = np.empty((len(rows), axes.shape[1]))
     step = max(1, _ENTRIES // table.shape[1])
     for start in range(0, len(rows), step):
         with np.errstate(over="ignore"):
             block = ((table[rows[start : start + step]] / 2 - centre / 2) / largest - mean) / deviations
-        whitened[start : start + step] = block.clip(-_FARTHEST, _FARTHEST, out=block) @ axes
+        whitened[start : start + step] = _product(block.clip(-_FARTHEST, _FARTHEST, out=block), axes)
     return whitened
+
+
+def _product(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the matrix product by torch: a process that forks while NumPy's BLAS computes in a thread locks up."""
+    return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def _nearest_distances(
     points: NDArray[np.float64], queries: NDArray[np.int64], fold: NDArray[np.int64], n_nearest: int
 ) -> NDArray[np.float64]:
     """Return the increasing distances (n_queries, n_nearest) of some points to the nearest ones in other folds."""
-    nearest = np.empty((len(queries), 0))
+    nearest, chosen = np.empty((len(queries), 0)), torch.from_numpy(points[queries])
     step = _ENTRIES // len(queries)
     for start in range(0, len(points), step):
-        distances = euclidean_distances(points[queries], points[start : start + step])
+        distances = torch.cdist(chosen, torch.from_numpy(points[start : start + step])).numpy()
         distances[fold[queries, None] == fold[start : start + step]] = np.inf
         nearest = np.hstack([nearest, distances])
         nearest = np.partition(nearest, min(n_nearest, nearest.shape[1]) - 1, axis=1)[:, :n_nearest]

@@ -1,16 +1,14 @@
-"""Eigenpairs of scatter matrices: the few largest by the iterations of ARPACK, or all of them."""
+"""Eigenpairs of scatter matrices: the few largest by Lanczos iterations, or all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
-# LAPACK decomposes narrower matrices as fast as ARPACK's iterations find a few eigenpairs.
-_ITERATED_WIDTH = 320
+# LAPACK decomposes narrower matrices as fast as Lanczos iterations do.
+_LANCZOS_WIDTH = 384
 
 # Eigenvalues (n,), decreasing, and their vectors (width, n).
 EigenPairs = tuple[Tensor, Tensor]
@@ -56,7 +54,7 @@ def leading_eigenpairs(symmetric: Tensor, n: int) -> EigenPairs:
     """Return the `n` largest eigenvalues of a positive semidefinite matrix, and their vectors."""
     width = len(symmetric)
     pairs = None
-    if symmetric.is_cpu and width >= _ITERATED_WIDTH and n <= width // 8:
+    if symmetric.is_cpu and width >= _LANCZOS_WIDTH and n <= width // 8:
         pairs = _few_eigenpairs(symmetric, n)
     eigenvalues, vectors = torch.linalg.eigh(symmetric) if pairs is None else pairs
     return eigenvalues.flip(0)[:n].clamp_min(0), vectors.flip(1)[:, :n]
@@ -67,35 +65,55 @@ def _few_eigenpairs(symmetric: Tensor, n: int) -> EigenPairs | None:
     # The start is the same for any run. Drawn at random, it has a part along every axis.
     generator = torch.Generator().manual_seed(0)
     start, other_start = torch.randn(2, len(symmetric), dtype=symmetric.dtype, generator=generator)
-    try:
-        pairs = _iterated(symmetric.mv, start, n, 0.0)
-        return pairs if _are_largest(pairs, symmetric, other_start) else None
-    except ArpackError:
+    pairs = _lanczos(lambda vector: symmetric @ vector, start, n, torch.finfo(symmetric.dtype).eps)
+    if pairs is None:
         return None
-
-
-def _are_largest(pairs: EigenPairs, symmetric: Tensor, start: Tensor) -> bool:
-    """Return whether eigenvalues, increasing, are the largest of a matrix.
-
-    An iteration may miss one of several equal eigenvalues: it is then the largest of the deflated matrix.
-    """
     eigenvalues, vectors = pairs
-
-    def deflated(vector: Tensor) -> Tensor:
-        return symmetric @ vector - vectors @ (eigenvalues * (vectors.T @ vector))
-
-    missed, _ = _iterated(deflated, start, 1, 1e-3)
-    return bool(missed[0] <= eigenvalues[0] + 100 * torch.finfo(symmetric.dtype).eps * eigenvalues[-1])
-
-
-def _iterated(times: Callable[[Tensor], Tensor], start: Tensor, n: int, tolerance: float) -> EigenPairs:
-    """Return the `n` largest eigenpairs of a symmetric operator, eigenvalues increasing, by ARPACK.
-
-    The products are torch's, for the reason that `rows.py` gives. A `tolerance` of 0 is the rounding of float64.
-    """
-    width = len(start)
-    operator = LinearOperator(
-        (width, width), matvec=lambda vector: times(torch.from_numpy(vector.ravel())).numpy(), dtype=np.float64
+    # The iteration may miss one of several equal eigenvalues: it would then be the largest of the deflated matrix.
+    deflated = _lanczos(
+        lambda vector: symmetric @ vector - vectors @ (eigenvalues * (vectors.T @ vector)), other_start, 1, 1e-3
     )
-    eigenvalues, vectors = eigsh(operator, n, which="LA", v0=start.numpy(), tol=tolerance)
-    return torch.from_numpy(eigenvalues), torch.from_numpy(np.ascontiguousarray(vectors))
+    if deflated is None:
+        return None
+    rounding = 100 * torch.finfo(symmetric.dtype).eps * eigenvalues[-1]
+    return pairs if deflated[0][0] <= eigenvalues[0] + rounding else None
+
+
+def _lanczos(times: Callable[[Tensor], Tensor], start: Tensor, n: int, tolerance: float) -> EigenPairs | None:
+    """Return the `n` largest eigenpairs of a symmetric operator in the Krylov space of one vector.
+
+    Eigenvalues increase, and have an error of at most `tolerance` times the largest. The result is None where the
+    iteration does not converge in half as many steps as the operator has dimensions.
+
+    References
+    ----------
+    .. [1] G. H. Golub and C. F. Van Loan, Matrix Computations, 4th edition, 2013, section 10.3, with complete
+       reorthogonalization.
+    """
+    n_steps = len(start) // 2
+    basis = start.new_empty(n_steps + 1, len(start))
+    tridiagonal = start.new_zeros(n_steps + 1, n_steps + 1)
+    basis[0] = start / start.norm()
+    next_test = max(2 * n, 8)
+    for j in range(n_steps):
+        size = j + 1
+        previous, new = basis[:size], times(basis[j])
+        along = basis[j] @ new
+        new = new - along * basis[j]
+        if j:
+            new -= tridiagonal[j, j - 1] * basis[j - 1]
+        # Rounding leaves a part along the last two, and along all others.
+        new -= (previous @ new) @ previous
+        length = new.norm()
+        if not length > 0:
+            return None
+        tridiagonal[j, j], tridiagonal[j + 1, j] = along, length
+        basis[j + 1] = new / length
+        if size < next_test:
+            continue
+        next_test = size + max(4, size // 8)
+        eigenvalues, vectors = torch.linalg.eigh(tridiagonal[:size, :size])  # reads the lower half
+        eigenvalues, vectors = eigenvalues[-n:], vectors[:, -n:]
+        if float((length * vectors[-1]).abs().max()) <= tolerance * float(eigenvalues[-1].abs()):
+            return eigenvalues, previous.T @ vectors
+    return None
