@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from math import log
 
 import torch
 from torch import Tensor
 
 # LAPACK decomposes narrower matrices as fast as Lanczos iterations do.
-_LANCZOS_WIDTH = 384
+_LANCZOS_WIDTH = 256
 
 # Eigenvalues (n,), decreasing, and their vectors (width, n).
 EigenPairs = tuple[Tensor, Tensor]
@@ -94,26 +96,34 @@ def _lanczos(times: Callable[[Tensor], Tensor], start: Tensor, n: int, tolerance
     basis = start.new_empty(n_steps + 1, len(start))
     tridiagonal = start.new_zeros(n_steps + 1, n_steps + 1)
     basis[0] = start / start.norm()
-    next_test = max(2 * n, 8)
+    length, excess, tested, next_test = 0.0, 0.0, 0, max(2 * n, 8)
     for j in range(n_steps):
+        # In as few operations as possible: each takes and gives back Python's lock, for which other threads wait.
         size = j + 1
-        previous, new = basis[:size], times(basis[j])
-        along = basis[j] @ new
-        new = new - along * basis[j]
+        previous, vector = basis[:size], basis[j]
+        new = times(vector)
+        along = float(vector @ new)
+        new.add_(vector, alpha=-along)
         if j:
-            new -= tridiagonal[j, j - 1] * basis[j - 1]
+            new.add_(basis[j - 1], alpha=-length)
         # Rounding leaves a part along the last two, and along all others.
-        new -= (previous @ new) @ previous
-        length = new.norm()
+        new.addmv_(previous.T, previous @ new, alpha=-1)
+        length = float(new.norm())
         if not length > 0:
             return None
         tridiagonal[j, j], tridiagonal[j + 1, j] = along, length
-        basis[j + 1] = new / length
+        torch.div(new, length, out=basis[j + 1])
         if size < next_test:
             continue
-        next_test = size + max(4, size // 8)
         eigenvalues, vectors = torch.linalg.eigh(tridiagonal[:size, :size])  # reads the lower half
         eigenvalues, vectors = eigenvalues[-n:], vectors[:, -n:]
-        if float((length * vectors[-1]).abs().max()) <= tolerance * float(eigenvalues[-1].abs()):
+        error, allowed = float((length * vectors[-1]).abs().max()), tolerance * float(eigenvalues[-1].abs())
+        if error <= allowed:
             return eigenvalues, previous.T @ vectors
+        # A test costs as much as several steps. The next one is where the error falls to what is allowed, if its
+        # logarithm goes on as between the last two tests.
+        excess_before, excess = excess, log(error / max(allowed, sys.float_info.min))
+        rate = (excess_before - excess) / (size - tested) if tested else 0.0
+        step = round(excess / rate) if rate > 0 else size // 8
+        tested, next_test = size, size + min(max(2, step), max(4, size // 4))
     return None
