@@ -79,6 +79,13 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width that images are resized to")
     group.add_argument(
+        "--tile-size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width of overlapping tiles of the resized image, which go through the backbone one by one, for "
+        "small defects in large images; needs --image-size",
+    )
+    group.add_argument(
         "--crop",
         choices=CROPS,
         help="how an image becomes a square for the backbone: 'squash', resized without its proportions; 'center', cut "
@@ -182,7 +189,7 @@ def _training_images(folder: Path) -> tuple[list[str], Bunch | None]:
 
 def _feature_extractor(options: argparse.Namespace) -> ScatteringFeatures | TimmFeatures:
     parameters = given(
-        options, "layers", "weights", "crop", "image_size", "white_level", "batch_size", "cache", "device"
+        options, "layers", "weights", "crop", "image_size", "tile_size", "white_level", "batch_size", "cache", "device"
     )
     parameters["verbose"] = shows_progress(options)
     if options.detector == POSITIONS:
@@ -192,9 +199,9 @@ def _feature_extractor(options: argparse.Namespace) -> ScatteringFeatures | Timm
             # The model may be used from another folder.
             parameters["weights"] = os.path.realpath(parameters["weights"])
         return TimmFeatures(options.features, **parameters)
-    for name in ("layers", "weights", "crop"):
+    for name in ("layers", "weights", "crop", "tile_size"):
         if name in parameters:
-            raise ValueError(f"--{name} is for a backbone; --features scattering has none.")
+            raise ValueError(f"--{name.replace('_', '-')} is for a backbone; --features scattering has none.")
     return ScatteringFeatures(**parameters)
 
 

@@ -80,10 +80,11 @@ class NetworkModule(FeatureModule):
         like = next((tensor for tensor in self.network.parameters() if tensor.is_floating_point()), batch)
         batch = batch.to(like.dtype)
         if self.extractor.layers_:
-            self.network(batch)
+            tiles = self.extractor.tiling()
+            self.network(batch if tiles is None else tiles.cut(batch))
             rows = self.extractor.joined([self._tapped[layer] for layer in self.extractor.layers_])
             self._tapped.clear()
-            return rows
+            return rows if tiles is None else tiles.joined(rows)
         return self.extractor.of_layer("", embedding(self.network, batch))
 
     def as_extractor(self) -> TimmFeatures:

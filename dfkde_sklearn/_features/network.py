@@ -34,9 +34,14 @@ from dfkde_sklearn._features.layers import (
     visit_layers,
 )
 from dfkde_sklearn._features.modules import NetworkModule
+from dfkde_sklearn._features.tiles import Tiling, tiling
 from dfkde_sklearn._images import FULL_RANGE, Images
 
 CROPS = ("squash", "center", "border")
+
+
+def _is_side(value: Any) -> bool:
+    return is_integer_from(1)(value) and value <= MAX_SIDE
 
 
 class TimmFeatures(FeatureExtractor):
@@ -78,7 +83,12 @@ class TimmFeatures(FeatureExtractor):
         removed if the remaining names fit, and names without the prefix are ignored. Weights of a classifier may be
         present or not; any other difference to the network is an error.
     image_size : int, tuple (height, width) or None, default=None
-        Size in pixels of what the network sees. None is the backbone's own.
+        Size in pixels that images are resized to, and that the network sees. None is the backbone's own.
+    tile_size : int, tuple (height, width) or None, default=None
+        Size in pixels of overlapping tiles of the resized image, each of which goes through the network on its own, for
+        defects that are small in a large image. Only with ``pooling=None``: the positions of all tiles become one grid.
+        Neighbours share a quarter of a tile at least; where they overlap, vectors are averaged, with weights that fall
+        towards the borders of a tile. None is the image as a whole.
     white_level : int, default=65535
         The 16-bit value that becomes white, as do all above it: 4095 for files that hold the 12 bits of a camera,
         1023 for 10 bits. Other samples are not affected. ``fit_transform``, and so the ``fit`` of a detector, warns
@@ -116,15 +126,17 @@ class TimmFeatures(FeatureExtractor):
     layer_widths_ : list of int
         Number of features of each layer.
     layer_grids_ : list of list [h, w]
-        The positions of each layer; an empty list for one without.
+        The positions of each layer, in a tile where there are tiles; an empty list for a layer without.
     grid_shape_ : tuple (h, w) or None
-        With ``pooling=None`` the positions that are described: the coarsest grid of the layers.
+        With ``pooling=None`` the positions that are described: the coarsest grid of the layers, of all tiles.
     n_features_out_ : int
         Number of features of an image: with ``pooling=None`` h times w times the sum of `layer_widths_`.
     activation_bytes_ : int
         Bytes per image of the largest tensor in a forward pass.
     input_size_ : tuple of int
-        Height and width of what the network sees.
+        Height and width that images are resized to.
+    tile_size_ : tuple of int or None
+        Height and width of a tile; None where the network sees the image as a whole.
     mean_, std_ : tuple of float
         Mean and standard deviation by which the channels, scaled to [0, 1], are normalised.
     interpolation_, crop_mode_ : str
@@ -189,7 +201,8 @@ class TimmFeatures(FeatureExtractor):
         "backbone_name_": is_text,
         "seed_": lambda value: value is None or is_integer_from(0)(value),
         "weights_hash_": is_text,
-        "input_size_": is_tuple_of(lambda side: is_integer_from(1)(side) and side <= MAX_SIDE, 2),
+        "input_size_": is_tuple_of(_is_side, 2),
+        "tile_size_": lambda value: value is None or is_tuple_of(_is_side, 2)(value),
         "mean_": is_tuple_of(is_number, 3),
         "std_": is_tuple_of(is_positive, 3),
         "interpolation_": is_text,
@@ -214,6 +227,7 @@ class TimmFeatures(FeatureExtractor):
         "pretrained": ["boolean"],
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
+        "tile_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
         "random_state": ["random_state"],
     }
 
@@ -227,6 +241,7 @@ class TimmFeatures(FeatureExtractor):
         pretrained: bool = True,
         weights: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
+        tile_size: int | tuple[int, int] | None = None,
         white_level: int = FULL_RANGE,
         batch_size: int = 32,
         cache: bool | str | os.PathLike[str] | None = None,
@@ -242,6 +257,7 @@ class TimmFeatures(FeatureExtractor):
         self.pretrained = pretrained
         self.weights = weights
         self.image_size = image_size
+        self.tile_size = tile_size
         self.white_level = white_level
         self.batch_size = batch_size
         self.cache = cache
@@ -350,13 +366,17 @@ class TimmFeatures(FeatureExtractor):
             or n_positions * sum(self.layer_widths_) != self.n_features_out_
             or (self.pooling is None) != (self.grid_shape_ is not None)
             or any(len(grid) not in ((2,) if self.pooling is None else (0, 2)) for grid in self.layer_grids_)
+            or (self.tile_size_ is not None and self.pooling is not None)
         ):
             raise ValueError("what TimmFeatures says of its layers is contradictory")
+        tiles = self.tiling()
+        if tiles is not None and tiles.grid != self.grid_shape_:
+            raise ValueError(f"TimmFeatures has a grid of {self.grid_shape_}, and its tiles one of {tiles.grid}")
         image_transform(self)
 
     def _set_fitted(self) -> str:
         layers = [self.layers] if isinstance(self.layers, str) else list(self.layers or [])
-        size = _height_and_width(self.image_size)
+        size = self._size_of_a_pass()
         if self.weights is not None and not isinstance(self.backbone, str):
             raise ValueError(
                 f"weights={self.weights!r} needs a backbone by name. Load them into the module instead:"
@@ -371,7 +391,10 @@ class TimmFeatures(FeatureExtractor):
         with self._lent_backbone() as backbone:
             self.weights_hash_, fingerprint = backbone.weights_hash, backbone.fingerprint
             config = _data_config(backbone.network, size, self.crop)
-            self.input_size_ = config["input_size"][1:]
+            self.input_size_ = seen = config["input_size"][1:]
+            self.tile_size_ = None
+            if self.tile_size is not None:
+                self.input_size_, self.tile_size_ = _height_and_width(self.image_size, "image_size"), seen
             self.mean_, self.std_ = config["mean"], config["std"]
             self.interpolation_, self.crop_mode_ = config["interpolation"], config["crop_mode"]
             self.crop_pct_ = config["crop_pct"]
@@ -380,7 +403,7 @@ class TimmFeatures(FeatureExtractor):
             elif self.pooling is None:
                 layers = layers_for_positions(backbone.network, self.backbone_name_)
             found, self.activation_bytes_ = layer_formats(
-                backbone.network, fingerprint, layers, self.input_size_, self.backbone_name_
+                backbone.network, fingerprint, layers, seen, self.backbone_name_
             )
         if not layers and found[0].axes == "NC" and self.pooling != "avg":
             raise ValueError(
@@ -394,7 +417,8 @@ class TimmFeatures(FeatureExtractor):
         self.layer_grids_ = [list(layer.grid or ()) for layer in found]
         self.grid_shape_ = None
         if self.pooling is None:
-            self.grid_shape_ = self._coarsest_grid()
+            tiles = self.tiling()
+            self.grid_shape_ = self._coarsest_grid() if tiles is None else tiles.grid
         self.n_features_out_ = sum(self.layer_widths_) * prod(self.grid_shape_ or (1,))
         return fingerprint
 
@@ -409,6 +433,21 @@ class TimmFeatures(FeatureExtractor):
                 )
             grids.append((grid[0], grid[1]))
         return min(grids, key=prod)
+
+    def tiling(self) -> Tiling | None:
+        """Return the tiles that images are cut into; None where the network sees an image as a whole."""
+        return None if self.tile_size_ is None else tiling(self.input_size_, self.tile_size_, self._coarsest_grid())
+
+    def _size_of_a_pass(self) -> tuple[int, int] | None:
+        """Return the size of what goes through the network at once; None is the network's own."""
+        if self.tile_size is None:
+            return _height_and_width(self.image_size, "image_size")
+        if self.pooling is not None or self.image_size is None:
+            raise ValueError(
+                f"tile_size={self.tile_size!r} with pooling={self.pooling!r} and image_size={self.image_size!r}. Tiles "
+                "need pooling=None, since their positions become one grid, and image_size, which images are resized to."
+            )
+        return _height_and_width(self.tile_size, "tile_size")
 
     @property
     def sees_whole_images(self) -> bool:
@@ -427,7 +466,7 @@ class TimmFeatures(FeatureExtractor):
             with borrowed(self.backbone, device) as backbone:
                 yield backbone
         else:
-            size = _height_and_width(self.image_size)
+            size = self._size_of_a_pass()
             yield named_backbone(self.backbone_name_, self.pretrained, self.weights, self.seed_, size, device, download)
 
     @contextmanager
@@ -468,6 +507,7 @@ class TimmFeatures(FeatureExtractor):
             "timm": timm.__version__,
             "pooling": self.pooling,
             "size": self.input_size_,
+            "tile_size": self.tile_size_,
             "mean": self.mean_,
             "std": self.std_,
             "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_],
@@ -484,6 +524,15 @@ class TimmFeatures(FeatureExtractor):
         layers = self.layers_ or [""]
         if blocks is not None and self.grid_shape_ is None:
             layers = [layers[block] for block in blocks]
+        tiles = self.tiling()
+        if tiles is None:
+            return self._rows_of_passes(network, batch, layers)
+        # One image at a time, as its tiles take several times the memory.
+        images = batch.split(1)
+        return torch.cat([tiles.joined(self._rows_of_passes(network, tiles.cut(image), layers)) for image in images])
+
+    def _rows_of_passes(self, network: nn.Module, batch: Tensor, layers: list[str]) -> Tensor:
+        """Return the features of images or tiles, in as many forward passes as is fast."""
         n_at_once = micro_batch_size(network, batch, self.activation_bytes_)
         return torch.cat([self._rows_at_once(network, part, layers) for part in batch.split(n_at_once)])
 
@@ -520,7 +569,7 @@ class TimmFeatures(FeatureExtractor):
         if self.pooling is not None or self.grid_shape_ is None:
             return pooled(output, axes, prefix_tokens, str(self.pooling))
         height, width = self.layer_grids_[i]
-        return on_grid(output, axes, prefix_tokens, (height, width), self.grid_shape_)
+        return on_grid(output, axes, prefix_tokens, (height, width), self._coarsest_grid())
 
     def joined(self, parts: list[Tensor]) -> Tensor:
         """Return the features of several layers side by side.
@@ -637,12 +686,12 @@ def _data_config(network: nn.Module, size: tuple[int, int] | None, crop: str) ->
     }
 
 
-def _height_and_width(image_size: Any) -> tuple[int, int] | None:
-    if image_size is None:
+def _height_and_width(size: Any, name: str) -> tuple[int, int] | None:
+    if size is None:
         return None
-    sides = [image_size] * 2 if isinstance(image_size, Integral) else list(image_size)
+    sides = [size] * 2 if isinstance(size, Integral) else list(size)
     if len(sides) != 2 or not all(isinstance(side, Integral) and 1 <= int(side) <= MAX_SIDE for side in sides):
         raise ValueError(
-            f"image_size={image_size!r}. Allowed: (height, width), one int for both, or None; sides up to {MAX_SIDE}."
+            f"{name}={size!r}. Allowed: (height, width), one int for both, or None; sides up to {MAX_SIDE}."
         )
     return int(sides[0]), int(sides[1])

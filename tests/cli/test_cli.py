@@ -574,6 +574,8 @@ MISTAKES = {
     "fit {images} --features test_resnet --weights no.safetensors": "no.safetensors': there is no such file",
     "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
     "fit {images} --features scattering --crop center": "--crop is for a backbone",
+    "fit {images} --features scattering --tile-size 32": "--tile-size is for a backbone",
+    "fit {images} --features test_resnet --tile-size 32": "Tiles need pooling=None",
     "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of PatchDFKDEDetector must be",
     "fit {images} --features scattering --residual box": "--residual is for the other detector",
     "fit {images} --detector pooled --flips all": "--flips is for the other detector",
