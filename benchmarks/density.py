@@ -10,7 +10,8 @@ detector, validation and projection included. They take turns, round by round; t
 A slow way scores a part of the queries, as its cost is theirs in proportion. "product + exp2" is what a bare matrix
 product and a bare exp2 in place take in PyTorch for as many pairs, in tiles, threads and rounds alike. "limit" is what
 the multiplications alone would take, one a dimension and one for each term of the power, at the rate of a large matrix
-product: nothing that computes distances can be faster. KeOps takes part where pykeops is installed.
+product of PyTorch. It can be passed only where that product does not use the processor's vectors at their full width.
+KeOps takes part where pykeops is installed.
 
 The last lines print what is claimed, as ratios taken in this run, and whether each holds. They are meant for an
 otherwise idle machine.
@@ -292,13 +293,13 @@ def headline(
 
 
 def write_methods(of_many: dict[str, dict[str, float]]) -> None:
-    """Write 1e9 pairs a second by method and dtype, the fastest first, for the documentation."""
+    """Write 1e9 pairs a second by method and dtype, the fastest first, as the table of the processor's vectors."""
     fastest_first = sorted(of_many["float64"], key=of_many["float64"].__getitem__, reverse=True)
     rows = [
         {"method": IN_WORDS[name]} | {dtype: f"{rate[name] / 1e9:#.3g}" for dtype, rate in of_many.items()}
         for name in fastest_first
     ]
-    write_figure("density_methods", rows)
+    write_figure(f"density_{torch.backends.cpu.get_cpu_capability().lower()}", rows)
 
 
 def sweeps(
