@@ -4,7 +4,7 @@
     python benchmarks/resolution.py --quick
 
 The folders and the file are those of `real_data.py`, which see; the weights are of a MobileNetV2, which was trained at
-224 x 224. "Generated" are photographs of three materials, put together from 4 x 4 pieces of 128 pixels of which one may
+224 x 224. "weave", "metal" and "leather" are generated photographs, put together from 4 x 4 pieces of 128 pixels of which one may
 have a defect: small defects in large images. Prints the table, and the claims, asserted.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
         return TimmFeatures(network, pooling=None, **setting)
 
     table: dict[str, dict[str, float | str]] = {}
-    for name, folder in {"tiles": options.tiles, "elpv": options.elpv}.items():
+    for name, folder in {"magnetic tiles": options.tiles, "solar cells": options.elpv}.items():
         if folder is None:
             continue
         images, masks = load_images(folder), masks_of(folder, load_images(folder))
