@@ -3,9 +3,9 @@
     python benchmarks/resolution.py --tiles FOLDER --elpv FOLDER --weights FILE
     python benchmarks/resolution.py --quick
 
-The folders and the file are those of `real_data.py`, which see; the weights are of a MobileNetV2, which was trained at
-224 x 224. "weave", "metal" and "leather" are generated photographs, put together from 4 x 4 pieces of 128 pixels of which one may
-have a defect: small defects in large images. Prints the table, and the claims, asserted.
+The folders and the file are those of `real_data.py`, which see; the weights are of a MobileNetV2, which was trained
+at 224 x 224. "weave", "metal" and "leather" are generated photographs, put together from 4 x 4 pieces of 128 pixels
+of which one may have a defect: small defects in large images. Prints the table, and the claims, asserted.
 """
 
 from __future__ import annotations

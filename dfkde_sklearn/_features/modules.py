@@ -80,7 +80,7 @@ class NetworkModule(FeatureModule):
         like = next((tensor for tensor in self.network.parameters() if tensor.is_floating_point()), batch)
         batch = batch.to(like.dtype)
         if self.extractor.layers_:
-            tiles = self.extractor.tiling()
+            tiles = self.extractor._tiles()
             self.network(batch if tiles is None else tiles.cut(batch))
             rows = self.extractor.joined([self._tapped[layer] for layer in self.extractor.layers_])
             self._tapped.clear()

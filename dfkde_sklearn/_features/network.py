@@ -369,7 +369,7 @@ class TimmFeatures(FeatureExtractor):
             or (self.tile_size_ is not None and self.pooling is not None)
         ):
             raise ValueError("what TimmFeatures says of its layers is contradictory")
-        tiles = self.tiling()
+        tiles = self._tiles()
         if tiles is not None and tiles.grid != self.grid_shape_:
             raise ValueError(f"TimmFeatures has a grid of {self.grid_shape_}, and its tiles one of {tiles.grid}")
         image_transform(self)
@@ -417,7 +417,7 @@ class TimmFeatures(FeatureExtractor):
         self.layer_grids_ = [list(layer.grid or ()) for layer in found]
         self.grid_shape_ = None
         if self.pooling is None:
-            tiles = self.tiling()
+            tiles = self._tiles()
             self.grid_shape_ = self._coarsest_grid() if tiles is None else tiles.grid
         self.n_features_out_ = sum(self.layer_widths_) * prod(self.grid_shape_ or (1,))
         return fingerprint
@@ -434,7 +434,7 @@ class TimmFeatures(FeatureExtractor):
             grids.append((grid[0], grid[1]))
         return min(grids, key=prod)
 
-    def tiling(self) -> Tiling | None:
+    def _tiles(self) -> Tiling | None:
         """Return the tiles that images are cut into; None where the network sees an image as a whole."""
         return None if self.tile_size_ is None else tiling(self.input_size_, self.tile_size_, self._coarsest_grid())
 
@@ -524,7 +524,7 @@ class TimmFeatures(FeatureExtractor):
         layers = self.layers_ or [""]
         if blocks is not None and self.grid_shape_ is None:
             layers = [layers[block] for block in blocks]
-        tiles = self.tiling()
+        tiles = self._tiles()
         if tiles is None:
             return self._rows_of_passes(network, batch, layers)
         # One image at a time, as its tiles take several times the memory.

@@ -55,8 +55,8 @@ def test_positions_are_weighted_means_over_the_tiles_that_show_them(images):
     grid = (96 // step, 128 // step)
     assert found.shape == (5, *grid, sum(of_tile.layer_widths_))
     total, weights = np.zeros(found.shape), np.zeros(grid)
-    for y in features.tiling().starts[0]:
-        for x in features.tiling().starts[1]:
+    for y in features._tiles().starts[0]:
+        for x in features._tiles().starts[1]:
             cut = images[:, y * step : y * step + 64, x * step : x * step + 64]
             vectors = of_tile.transform(cut)
             for i in range(h):
