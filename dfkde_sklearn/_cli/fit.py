@@ -82,7 +82,7 @@ def add_parser(commands: Any) -> None:
         "--tile-size",
         type=int,
         metavar="PIXELS",
-        help="height and width of overlapping tiles of the resized image, which go through the backbone one by one, for "
+        help="height and width of overlapping tiles of the resized image, which go through the backbone singly, for "
         "small defects in large images; needs --image-size",
     )
     group.add_argument(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_tiles_cover_an_image_and_overlap_by_a_quarter(image, tile):
     starts, n = tiles.starts[0], tile // 16
     assert starts[0] == 0
     assert starts[-1] + n == image // 16
-    assert all(0 < b - a <= 0.75 * n for a, b in zip(starts, starts[1:], strict=False))
+    assert all(0 < b - a <= 0.75 * n for a, b in pairwise(starts))
     # One fewer would not do.
     assert len(starts) == 1 or (len(starts) - 2) * int(0.75 * n) < image // 16 - n
     assert tiles.starts[1] == [0]
