@@ -27,8 +27,8 @@ from dfkde_sklearn._cli.arguments import (
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, image_paths
 from dfkde_sklearn._cli.groups import image_groups
-from dfkde_sklearn._cli.output import percent, print_facts, print_heading, print_table, say, shows_progress
-from dfkde_sklearn._cli.summary import detector_facts, map_facts, quality_facts
+from dfkde_sklearn._cli.output import percent, print_facts, print_table, say, shows_progress
+from dfkde_sklearn._cli.summary import detector_facts, print_evaluation
 from dfkde_sklearn._features.network import CROPS
 
 # Training images that are listed as the least normal ones.
@@ -161,14 +161,7 @@ def run(options: argparse.Namespace) -> int:
     )
     if test is not None:
         say(options, f"Scoring {len(test.X_test)} test images")
-        if isinstance(detector, PatchDFKDEDetector):
-            assessment, grid_maps = detector.assess_with_maps(test.X_test, resolution="grid")
-            facts = quality_facts(assessment, test.y_test, test.defects_test) | map_facts(detector, grid_maps, test)
-        else:
-            assessment = detector.assess(test.X_test)
-            facts = quality_facts(assessment, test.y_test, test.defects_test)
-        print_heading(f"On the {len(test.X_test)} images in {options.folder / 'test'}:")
-        print_facts(facts)
+        print_evaluation(detector, test, str(options.folder / "test"))
     return DONE
 
 

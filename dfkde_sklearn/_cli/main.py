@@ -1,4 +1,4 @@
-"""The command line: ``dfkde demo``, ``dfkde fit``, ``dfkde score`` and ``dfkde cache``.
+"""The command line, ``dfkde``.
 
 Each command is a file with `add_parser`, which declares its arguments, and `run`, which returns its exit code.
 Results go to standard output, progress and errors to standard error.
@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._cli import cache, demo, fit, score
+from dfkde_sklearn._cli import cache, demo, evaluate, fit, info, score
 from dfkde_sklearn._cli.exit_codes import FAILED, INTERRUPTED, READER_GONE
 from dfkde_sklearn._cli.output import one_line, print_message, silence
 
-COMMANDS = {"demo": demo, "fit": fit, "score": score, "cache": cache}
+COMMANDS = {"demo": demo, "fit": fit, "score": score, "evaluate": evaluate, "info": info, "cache": cache}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

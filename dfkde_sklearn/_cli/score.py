@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
-from dfkde_sklearn._cli.arguments import add_output_arguments, add_run_arguments, given, weights_advice
+from dfkde_sklearn._cli.arguments import add_output_arguments, weights_advice
 from dfkde_sklearn._cli.exit_codes import DONE, FAILED, NOT_ALL_NORMAL
 from dfkde_sklearn._cli.files import check_new, check_png, image_paths, png, write_new
+from dfkde_sklearn._cli.models import add_extractor_arguments, add_model_argument, loaded_detector
 from dfkde_sklearn._cli.output import (
     numbers,
     one_line,
@@ -26,19 +27,14 @@ from dfkde_sklearn._cli.output import (
     print_message,
     print_table,
     say,
-    shows_progress,
 )
 from dfkde_sklearn._cli.summary import N_WORST, worst_first
-from dfkde_sklearn._deploy.saved import saved_class
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._maps import image_maps
 from dfkde_sklearn._report.contact_sheet import Section, Tile, contact_sheet
 from dfkde_sklearn._report.overlay import mask, overlay
 
 STDOUT = Path("-")
-# A pickle starts with this byte, a protocol from 2 to 5, and an opcode; a file of ours with the length of its header,
-# which may have the same first bytes, but never as large a third one.
-_PICKLE, _PROTOCOLS, _LEAST_OPCODE = 0x80, range(2, 6), 0x20
 
 
 class _Row(NamedTuple):
@@ -63,7 +59,7 @@ def add_parser(commands: Any) -> None:
         epilog="Exit code: 0 on success; 2 on an error, such as a broken image without --skip-broken. With "
         "--exit-code: 0 if all images are normal; 1 if some are anomalous or broken; 2 on an error.",
     )
-    command.add_argument("model", type=Path, metavar="MODEL", help="a file from dfkde fit or DFKDEDetector.save")
+    add_model_argument(command)
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, and folders of them")
     command.add_argument(
         "--sort",
@@ -96,11 +92,7 @@ def add_parser(commands: Any) -> None:
         help="continue if an image cannot be read: it is reported on standard error, and is `broken` in the table",
     )
     command.add_argument("--exit-code", action="store_true", help="exit with 1 unless all images are normal; see below")
-    group = command.add_argument_group("the feature extractor")
-    group.add_argument(
-        "--weights", metavar="FILE", help="the weights of the backbone, if they have moved since the fit"
-    )
-    add_run_arguments(group)
+    add_extractor_arguments(command)
     add_output_arguments(command)
 
 
@@ -119,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(path for images in options.images for path in image_paths(images)))
     map_files = _map_files(options, paths)
     with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
-        detector = _loaded_detector(options)
+        detector = loaded_detector(options)
         if options.maps is not None and not isinstance(detector, PatchDFKDEDetector):
             raise ValueError(
                 f"MODEL {options.model} is a pooled detector, which has no maps. Leave --maps out, or fit a detector "
@@ -216,31 +208,6 @@ def _map_files(options: argparse.Namespace, paths: list[str]) -> dict[str, list[
             for file in of_image:
                 check_new(file, options.force)
     return files
-
-
-def _loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDetector:
-    """Return the detector in the file MODEL, with the settings of the command line."""
-    path = options.model
-    if not path.is_file():
-        raise FileNotFoundError(f"MODEL {path}: there is no such file.")
-    try:
-        kind = PatchDFKDEDetector if saved_class(path) == PatchDFKDEDetector.__name__ else DFKDEDetector
-        detector = kind.load(path, weights=options.weights, device=options.device, download=True)
-    except ValueError as error:
-        with path.open("rb") as file:
-            start = [*file.read(3), 0, 0, 0]
-        if start[0] == _PICKLE and start[1] in _PROTOCOLS and start[2] >= _LEAST_OPCODE:
-            raise ValueError(
-                f"MODEL {path} is a pickle, as joblib and earlier versions of dfkde fit write. Loading such a file "
-                "runs code that is in it, and dfkde no longer does: fit it again."
-            ) from error
-        advice = " On the command line, weights= is --weights." if "weights=" in str(error) else ""
-        raise ValueError(f"MODEL {path}: {error}{advice}") from error
-    extractor: Any = detector.features_
-    if extractor is None:
-        raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
-    extractor.set_params(verbose=shows_progress(options), **given(options, "batch_size", "cache"))
-    return detector
 
 
 def _assess(

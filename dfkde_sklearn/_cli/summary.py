@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils import Bunch
 
 from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
-from dfkde_sklearn._cli.output import percent
+from dfkde_sklearn._calibration import threshold_at_rate
+from dfkde_sklearn._cli.output import percent, print_facts, print_heading, print_table
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._maps import image_maps
 from dfkde_sklearn.datasets import read_mask
 from dfkde_sklearn.metrics import aupro, pixel_roc_auc, region_hits
 
+# The rates of false alarms that the operating table asks for.
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 # Images that are listed or drawn as the most anomalous.
 N_WORST = 12
 
@@ -75,6 +79,39 @@ def map_facts(detector: PatchDFKDEDetector, grid_maps: Any, test: Bunch) -> dict
         "AUPRO": f"{aupro(masks, maps):.3f}",
         "Regions found": f"{percent(float(np.mean(found)))} ({sum(found)} of {len(found)})",
     }
+
+
+def print_evaluation(detector: DFKDEDetector | PatchDFKDEDetector, test: Bunch, name: str) -> None:
+    """Print how well a detector does on labelled images, those of `load_mvtec_folder`, from one pass over them."""
+    facts: dict[str, str] = {}
+    if isinstance(detector, PatchDFKDEDetector):
+        assessment, grid_maps = detector.assess_with_maps(test.X_test, resolution="grid")
+        facts = map_facts(detector, grid_maps, test)
+    else:
+        assessment = detector.assess(test.X_test)
+    print_heading(f"On the {len(test.X_test)} images in {name}:")
+    print_facts(quality_facts(assessment, test.y_test, test.defects_test) | facts)
+    print_table(
+        "What other thresholds would give, the rate asked of the training images:",
+        ("rate asked", "threshold", "false alarms", "defects found"),
+        _operating_rows(detector, assessment, test),
+    )
+
+
+def _operating_rows(
+    detector: DFKDEDetector | PatchDFKDEDetector, assessment: Assessment, test: Bunch
+) -> list[Sequence[str]]:
+    """Return the rates of false alarms and of found defects at thresholds from the calibration scores."""
+    scores, calibration = assessment.log_density, detector.calibration_scores_
+    rows: list[Sequence[str]] = []
+    for rate in RATES:
+        threshold = threshold_at_rate(calibration, rate)
+        cells = []
+        for kind in (0, 1):
+            of_kind = scores[test.y_test == kind]
+            cells.append(percent(float(np.mean(of_kind < threshold))) if len(of_kind) else "-")
+        rows.append((percent(rate), f"{threshold:.2f}", *cells))
+    return rows
 
 
 def worst_first(assessment: Assessment) -> NDArray[np.int64]:

@@ -149,6 +149,13 @@ def saved_class(path: str | os.PathLike[str]) -> str:
     return str(header.get("detector"))
 
 
+def described(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what the file at `path` says of the detector, as values of JSON: its document, and the thresholds."""
+    header, tensors = _read(Path(path))
+    offsets: dict[str, Any] = {name: float(tensors[name]) for name in ("offset", "map_offset") if name in tensors}
+    return {**header, **offsets, "n_calibration_scores": len(tensors["calibration_scores"])}
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON document and the tensors of a file, after checks of its version and its SHA-256."""
     data = path.read_bytes()

@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,27 +106,30 @@ def load_mvtec_folder(root: str | os.PathLike[str]) -> Bunch:
             f"root={str(root)!r} has no folder test. A folder of normal images alone needs no loader: "
             "hand it to the detector as it is."
         )
-    train = _files(root / "train" / NORMAL)
-    folders = _folders(root / "test")
-    test = [path for folder in folders for path in _files(folder)]
-    for folder in (root / "train" / NORMAL, *(folders or [root / "test"])):
-        if not _files(folder):
-            raise ValueError(f"{str(folder)!r} holds no image: no file ends in {', '.join(sorted(image_suffixes()))}.")
-    mask_of: dict[Path, Path] = {}
-    for folder in _folders(root / "ground_truth"):
-        mask_of |= _masks_of_images(_files(root / "test" / folder.name), _files(folder))
-
-    defects = np.array([path.parent.name for path in test])
+    train = _some_files(root / "train" / NORMAL)
     return Bunch(
         X_train=np.array([str(path) for path in train]),
         y_train=np.zeros(len(train), dtype=np.int64),
-        X_test=np.array([str(path) for path in test]),
-        y_test=(defects != NORMAL).astype(np.int64),
-        defects_test=defects,
-        masks_test=np.array([str(mask_of[path]) if path in mask_of else None for path in test], dtype=object),
-        defect_names=[folder.name for folder in folders if folder.name != NORMAL],
+        **load_test_folder(root / "test", root / "ground_truth"),
         category=root.resolve().name,
     )
+
+
+def load_test_folder(root: Path, ground_truth: Path) -> dict[str, Any]:
+    """Return the labelled images of `load_mvtec_folder`, in the folders of `root`, and the masks in `ground_truth`."""
+    folders = _folders(root)
+    test = [path for folder in folders or [root] for path in _some_files(folder)]
+    mask_of: dict[Path, Path] = {}
+    for folder in _folders(ground_truth):
+        mask_of |= _masks_of_images(_files(root / folder.name), _files(folder))
+    defects = np.array([path.parent.name for path in test])
+    return {
+        "X_test": np.array([str(path) for path in test]),
+        "y_test": (defects != NORMAL).astype(np.int64),
+        "defects_test": defects,
+        "masks_test": np.array([str(mask_of[path]) if path in mask_of else None for path in test], dtype=object),
+        "defect_names": [folder.name for folder in folders if folder.name != NORMAL],
+    }
 
 
 def read_mask(path: str | os.PathLike[str]) -> NDArray[np.bool_]:
@@ -269,6 +273,14 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [Path(path) for path in image_files(folder, below=False)]
+
+
+def _some_files(folder: Path) -> list[Path]:
+    """Return the images directly in a folder, sorted; raise a ValueError if there is none."""
+    files = _files(folder)
+    if not files:
+        raise ValueError(f"{str(folder)!r} holds no image: no file ends in {', '.join(sorted(image_suffixes()))}.")
+    return files
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import signal
@@ -401,6 +402,62 @@ def test_fit_reports_how_well_the_maps_of_a_test_folder_find_the_masks(textures,
     assert float(fact(printed, "AUROC of pixels")) == pytest.approx(pixels, abs=6e-4)
     assert float(fact(printed, "AUPRO")) > 0.5
     assert "of 20)" in fact(printed, "Regions found")
+    assert run("evaluate", tmp_path / "model", textures) == 0
+    again = capsys.readouterr().out
+    assert again.splitlines()[-15:] == printed.splitlines()[-15:]
+    assert fact(again, "AUPRO") == fact(printed, "AUPRO")
+    # Without masks, and without the layout: the same images, and what can be said without masks.
+    assert run("evaluate", tmp_path / "model", textures / "test") == 0
+    without = capsys.readouterr().out
+    assert fact(without, "AUROC") == fact(printed, "AUROC")
+    assert "AUPRO" not in without
+
+
+def test_evaluate_says_what_other_thresholds_would_give(positions, textures, capsys):
+    assert run("evaluate", positions, textures, "--quiet") == 0
+    table = capsys.readouterr().out.split("defects found\n")[1].splitlines()
+    data, detector = load_mvtec_folder(textures), PatchDFKDEDetector.load(positions)
+    scores = detector.score_samples(data.X_test)
+    thresholds = np.quantile(detector.calibration_scores_, [0.01, 0.02, 0.05, 0.1, 0.2], method="median_unbiased")
+    for line, threshold in zip(table, thresholds, strict=True):
+        alarms, found = (100 * np.mean(scores[data.y_test == kind] < threshold) for kind in (0, 1))
+        cells = line.split(" %")
+        assert float(cells[0].split()[-1]) in (1, 2, 5, 10, 20)
+        assert [float(cells[1].split()[-1]), float(cells[2].split()[-1])] == pytest.approx([alarms, found], rel=1e-2)
+    assert f"{detector.offset_:.2f}" in table[2]
+
+
+def test_evaluate_takes_good_images_alone(fitted, textures, tmp_path, capsys):
+    (tmp_path / "good").symlink_to(textures / "test" / "good")
+    assert run("evaluate", fitted, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "of 20 good images" in fact(printed, "False alarms held")
+    assert "AUROC" not in printed
+    assert {line.split()[-1] for line in printed.splitlines()[-5:]} == {"-"}
+
+
+def test_info_tells_what_a_model_holds_without_its_network(textures, weights, tmp_path, capsys):
+    model = tmp_path / "model"
+    arguments = ("--features", "test_resnet", "--weights", weights, "--layers", "layer2,layer3", "--target-fpr", "0.1")
+    assert run("fit", textures / "train" / "good", *arguments, "--model", model) == 0
+    weights.unlink()
+    capsys.readouterr()
+    assert run("info", model) == 0
+    printed = capsys.readouterr().out
+    assert fact(printed, "Detector") == "PatchDFKDEDetector"
+    assert fact(printed, "Learned from") == "60 rows or images"
+    assert fact(printed, "Layers") == "layer2, layer3"
+    assert "target_fpr=0.1" in fact(printed, "Settings")
+    assert fact(printed, "Backbone").startswith("test_resnet")
+    assert run("info", model, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["extractor"]["fitted"]["layers_"] == ["layer2", "layer3"]
+    assert f"score {document['offset']:.2f}" in fact(printed, "Threshold")
+
+
+def test_info_tells_of_a_detector_of_feature_matrices(odd, capsys):
+    assert run("info", odd / "matrix") == 0
+    assert fact(capsys.readouterr().out, "Feature extractor") == "none: feature matrices"
 
 
 def test_existing_maps_are_kept_unless_forced(positions, textures, tmp_path, capsys):
@@ -605,6 +662,12 @@ MISTAKES = {
     "score {model} {images} --weights {model}": "ScatteringFeatures has no backbone.*weights= is --weights",
     "score {model} {images} --sheet a.png --csv ./a.png": "name the same file",
     "score {model} {images} --sheet sheet.jpg": r"ends in \.png",
+    "evaluate {model} {odd}/missing": "missing is not a folder",
+    "evaluate {model} {odd}/none": "has no folder 'good' among",
+    "evaluate {odd}/matrix {images}": "fitted on a feature matrix",
+    "info {odd}/cut": "or it is damaged",
+    "info {odd}/older": "is a pickle.*fit it again",
+    "info {odd}/missing": "MODEL .*missing: there is no such file",
     "demo --out sheet.jpg": r"ends in \.png",
 }
 
@@ -613,7 +676,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_on_standard_error(mistake, fitted, textures, odd, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [part.format(odd=odd, model=fitted, images=textures) for part in mistake.split()]
-    assert run(*arguments, "--quiet") == 2
+    assert run(*arguments, *([] if arguments[0] == "info" else ["--quiet"])) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()

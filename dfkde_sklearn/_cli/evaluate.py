@@ -1,0 +1,61 @@
+"""``dfkde evaluate``: how well a fitted detector does on images whose kind is known."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sklearn.utils import Bunch
+
+from dfkde_sklearn._cli.arguments import weights_advice
+from dfkde_sklearn._cli.exit_codes import DONE
+from dfkde_sklearn._cli.models import add_extractor_arguments, add_model_argument, loaded_detector
+from dfkde_sklearn._cli.output import print_facts, say
+from dfkde_sklearn._cli.summary import detector_facts, print_evaluation
+from dfkde_sklearn.datasets._mvtec import NORMAL, load_test_folder
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a fitted detector on good and defective images",
+        description="Measure a detector that dfkde fit saved on images whose kind is known: AUROC, false alarms and "
+        "defects found, and what other thresholds would give; with masks also the AUROC of pixels and the AUPRO.",
+    )
+    add_model_argument(command)
+    command.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help=f"a folder with a folder for each kind of image, of which '{NORMAL}' holds the good ones; or one that has "
+        "such a folder called test, and beside it masks in ground_truth, as in MVTec AD",
+    )
+    add_extractor_arguments(command)
+    command.add_argument("--quiet", action="store_true", help="no progress on standard error")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    test = _labelled(options.folder)
+    with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
+        detector = loaded_detector(options)
+        say(options, f"Scoring {len(test.X_test)} images")
+        print_facts({"Model": str(options.model)} | detector_facts(detector))
+        print_evaluation(detector, test, str(options.folder))
+    return DONE
+
+
+def _labelled(folder: Path) -> Bunch:
+    """Return the images of a folder in the MVTec layout, or of one of its kinds of images."""
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder. Give one with a folder for each kind of image.")
+    root = folder / "test" if (folder / "test").is_dir() else folder
+    kinds = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if NORMAL not in kinds:
+        raise ValueError(
+            f"{root} has no folder {NORMAL!r} among {', '.join(map(repr, sorted(kinds))) or 'no folders'}. Put good "
+            f"images into a folder of that name, and defective ones into folders beside it."
+        )
+    return Bunch(**load_test_folder(root, folder / "ground_truth"))
