@@ -6,14 +6,19 @@ rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import betainc, expit
 from sklearn.base import OutlierMixin
-from sklearn.utils import column_or_1d
+from sklearn.utils import check_scalar, column_or_1d
+from sklearn.utils.validation import check_is_fitted
+
+from dfkde_sklearn._groups import group_numbers
 
 
 class Assessment(NamedTuple):
@@ -55,16 +60,22 @@ Assessment.__module__ = "dfkde_sklearn"  # the public path, which pickles name
 class CalibratedOutlierMixin(OutlierMixin):
     """The answers of a detector whose scores are calibrated.
 
-    A class that uses the mixin has `score_samples`, the parameter `threshold_steepness` and, once fitted,
-    `calibration_scores_` and `offset_`. The mixin needs nothing else.
+    A class that uses the mixin has `score_samples`, the parameters below and, once fitted, `calibration_scores_`,
+    `calibration_groups_` and `offset_`. The mixin needs nothing else.
     """
 
+    contamination: Literal["auto"] | float
+    target_fpr: float
+    confidence: float | None
     threshold_steepness: float
+    threshold_offset: Literal["auto"] | float
     calibration_scores_: NDArray[np.floating]
+    calibration_groups_: NDArray[np.int64]
     offset_: float
 
     if TYPE_CHECKING:
 
+        def _validate_params(self) -> None: ...
         def score_samples(self, X: Any) -> NDArray[np.floating]:
             """Return the log density of each row."""
 
@@ -129,27 +140,100 @@ class CalibratedOutlierMixin(OutlierMixin):
             [logistic(-margins, self.threshold_steepness), logistic(margins, self.threshold_steepness)]
         )
 
-    def p_values(self, X: Any) -> NDArray[np.float64]:
+    def p_values(self, X: Any, *, confidence: float | None = None) -> NDArray[np.float64]:
         """Return the conformal p-value of each row under the hypothesis that it is normal.
 
         ``(1 + number of calibration_scores_ <= score) / (1 + number of calibration_scores_)``: a new normal row has a
-        p-value of at most p with probability p [1]_, if it has the distribution of the training rows.
+        p-value of at most p with probability p [1]_, if it has the distribution of the training rows. Where the fit was
+        given `groups`, each group counts once, by the share of its scores that are as low: ``(1 + sum of the shares) /
+        (1 + number of groups)``, and the same holds for a row of a new group [2]_.
+
+        That probability is an average over training sets. With `confidence`, it holds for this one: with that
+        probability over the training sets, at most the share p of new normal rows has a p-value of at most p, for all p
+        at once [3]_. Such p-values are larger, and those of the upper half of the scores are 1.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features) or images
             As in `fit`.
+        confidence : float in (0, 1) or None, default=None
+            The probability with which the p-values hold for this detector; None: on average over detectors.
 
         Returns
         -------
         ndarray of shape (n_samples,), float64
-            From 1 / (1 + number of calibration scores), anomalous, to 1, normal.
+            From 1 / (1 + number of calibration scores, or groups), anomalous, to 1, normal; with `confidence` the
+            smallest is ``1 - (1 - confidence) ** (2 / number)``.
+
+        Raises
+        ------
+        ValueError
+            If `confidence` is not in (0, 1); or as `assess`.
 
         References
         ----------
         .. [1] Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world, doi:10.1007/b106715
+        .. [2] Lee, Barber and Willett (2023), Distribution-free inference with hierarchical data,
+           doi:10.48550/arXiv.2306.06342
+        .. [3] Bates, Candès, Lei, Romano and Sesia (2023), Testing for outliers with conformal p-values,
+           doi:10.1214/22-AOS2244
         """
-        return self.assess(X).p_value
+        if confidence is None:
+            return self.assess(X).p_value
+        check_scalar(confidence, "confidence", Real, min_val=0, max_val=1, include_boundaries="neither")
+        scores = self.score_samples(X)
+        lowest = lowest_of_groups(self.calibration_scores_, self.calibration_groups_)
+        return conditional_p_values(scores, lowest, float(confidence))
+
+    def recalibrate(self, X_good: Any, *, groups: Any = None) -> Self:
+        """Take the scores of new good rows into the calibration, and move the threshold with them.
+
+        The rows are scored by the fit as it is, for which they are new. Their scores join `calibration_scores_`, and
+        `offset_` becomes what `fit` would make of all of them, with `target_fpr` and `confidence` as they are now. The
+        density is not fitted anew, and the threshold of maps stays.
+
+        Give all good rows of some time, and the rate stays at `target_fpr`. Of false alarms alone, the threshold falls
+        below what `target_fpr` asks for, and fewer defects are found.
+
+        Parameters
+        ----------
+        X_good : array-like of shape (n_samples, n_features) or images
+            New normal rows or images, as in `fit`. Not those of the fit, which score high by their own kernels, and
+            not those of an earlier `recalibrate`, which would count twice.
+        groups : array-like of shape (n_samples,) or None, default=None
+            What each row or image shows, as in `fit`; all are other groups than those of the fit. None: each row is on
+            its own.
+
+        Returns
+        -------
+        detector
+            The detector itself.
+
+        Raises
+        ------
+        NotFittedError
+            If the detector is not fitted.
+        ValueError
+            If `contamination` or `threshold_offset` sets the threshold; if `groups` has another length, or a missing
+            label; if `confidence` needs more scores than there are; or as `score_samples`. The detector is then as it
+            was.
+        """
+        check_is_fitted(self)
+        self._validate_params()
+        for name in ("contamination", "threshold_offset"):
+            if getattr(self, name) != "auto":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} sets the threshold, and recalibrate moves one that target_fpr sets. "
+                    f"Fit with {name}='auto'."
+                )
+        new_scores = self.score_samples(X_good)
+        n = len(new_scores)
+        new_groups = np.arange(n) if groups is None else group_numbers(groups, n)
+        scores = np.concatenate([self.calibration_scores_, new_scores])
+        numbers = np.concatenate([self.calibration_groups_, self.calibration_groups_.max() + 1 + new_groups])
+        offset = self._promised_threshold(scores, numbers)
+        self.calibration_scores_, self.calibration_groups_, self.offset_ = scores, numbers, offset
+        return self
 
     def decision_function(self, X: Any) -> NDArray[np.floating]:
         """Return the log density minus the threshold: negative is anomalous.
@@ -171,10 +255,28 @@ class CalibratedOutlierMixin(OutlierMixin):
         margins = self._margins(scores)
         return Assessment(
             scores,
-            conformal_p_values(scores, self.calibration_scores_),
+            conformal_p_values(scores, self.calibration_scores_, self.calibration_groups_),
             logistic(-margins, self.threshold_steepness),
             labels(margins),
         )
+
+    def _check_confidence(self, groups: NDArray[np.int64]) -> None:
+        """Raise a ValueError if `confidence` cannot be kept with scores of these groups (n,)."""
+        if self.confidence is None:
+            return
+        for name in ("contamination", "threshold_offset"):
+            if getattr(self, name) != "auto":
+                raise ValueError(
+                    f"confidence={self.confidence} is that of target_fpr, and {name}={getattr(self, name)} sets the "
+                    f"threshold. Leave out one of them: confidence=None, or {name}='auto'."
+                )
+        rank_with_confidence(len(np.unique(groups)), self.target_fpr, self.confidence)
+
+    def _promised_threshold(self, scores: NDArray[np.floating], groups: NDArray[np.int64]) -> float:
+        """Return the threshold that keeps `target_fpr`, from calibration scores (n,) and the groups (n,) of each."""
+        if self.confidence is None:
+            return threshold_at_rate(scores, self.target_fpr)
+        return threshold_with_confidence(lowest_of_groups(scores, groups), self.target_fpr, self.confidence)
 
     def _margins(self, scores: NDArray[np.floating]) -> NDArray[np.floating]:
         """Return the scores minus the threshold."""
@@ -193,16 +295,94 @@ def logistic(margins: NDArray[np.floating], steepness: float) -> NDArray[np.floa
         return expit(steepness * margins)
 
 
-def conformal_p_values(scores: NDArray[np.floating], calibration_scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return ``(1 + number of calibration scores <= score) / (1 + number of calibration scores)`` for each score."""
-    n_at_or_below = np.searchsorted(np.sort(calibration_scores), scores, side="right")
-    return (1.0 + n_at_or_below.astype(np.float64)) / (1.0 + len(calibration_scores))
+def conformal_p_values(
+    scores: NDArray[np.floating], calibration_scores: NDArray[np.floating], groups: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Return the conformal p-value of each score.
+
+    ``(1 + number of calibration scores <= score) / (1 + number of calibration scores)``; with `groups` (n,), the number
+    of the group of each calibration score, ``(1 + sum over the groups of the share of their scores <= score) / (1 +
+    number of groups)``, by Lee, Barber and Willett (2023, doi:10.48550/arXiv.2306.06342).
+    """
+    numbers = np.arange(len(calibration_scores)) if groups is None else groups
+    _, of_score, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+    order = np.argsort(calibration_scores)
+    shares = np.concatenate([[0.0], np.cumsum(1.0 / sizes[of_score[order]])])
+    n_at_or_below = np.searchsorted(calibration_scores[order], scores, side="right")
+    # Sums of shares are rounded.
+    return np.minimum((1.0 + shares[n_at_or_below]) / (1.0 + len(sizes)), 1.0)
+
+
+def conditional_p_values(
+    scores: NDArray[np.floating], calibration_scores: NDArray[np.floating], confidence: float
+) -> NDArray[np.float64]:
+    """Return p-values that are valid with probability `confidence` over the calibration scores, all at once.
+
+    The p-value of a score with i - 1 calibration scores at or below it is b_i, where all order statistics of n
+    independent uniform numbers have U_(i) <= b_i with probability `confidence`, exactly: the generalised Simes
+    inequality, as Bates et al. (2023, doi:10.1214/22-AOS2244, section 3) use it, with its parameter k = n / 2.
+    """
+    n = len(calibration_scores)
+    k = max(1, n // 2)
+    # b_i = 1 - ((1 - confidence) * C(n + 1 - i, k) / C(n, k)) ** (1 / k), from ratios of binomial coefficients.
+    logs = np.log1p(-confidence) + np.concatenate([[0.0], np.cumsum(np.log1p(-k / (n - np.arange(n - k))))])
+    bounds = np.concatenate([-np.expm1(logs / k), np.ones(k)])
+    return bounds[np.searchsorted(np.sort(calibration_scores), scores, side="right")]
+
+
+def lowest_of_groups(scores: NDArray[np.floating], groups: NDArray[np.int64]) -> NDArray[np.floating]:
+    """Return the lowest score of each group; `groups` (n,) are the numbers of the groups of the scores (n,)."""
+    numbers, of_score = np.unique(groups, return_inverse=True)
+    lowest = np.full(len(numbers), np.inf, scores.dtype)
+    np.minimum.at(lowest, of_score, scores)
+    return lowest
 
 
 def threshold_at_rate(calibration_scores: NDArray[np.floating], rate: float) -> float:
     """Return the score below which new normal rows fall at this rate."""
     # The quantile estimate that Hyndman and Fan (1996, doi:10.2307/2684934) recommend.
     return float(np.quantile(calibration_scores.astype(np.float64), rate, method="median_unbiased"))
+
+
+def threshold_with_confidence(calibration_scores: NDArray[np.floating], rate: float, confidence: float) -> float:
+    """Return the score below which, with probability `confidence`, new normal rows fall at most at this rate.
+
+    It is the calibration score of rank `rank_with_confidence`. A new score that equals it does not lie below it, and so
+    does none that ties with the lowest: ties lower the rate.
+    """
+    rank = rank_with_confidence(len(calibration_scores), rate, confidence)
+    return float(np.sort(calibration_scores)[rank - 1])
+
+
+def rank_with_confidence(n: int, rate: float, confidence: float) -> int:
+    """Return the rank of the threshold among `n` calibration scores.
+
+    The share of new scores below the r-th lowest of n independent ones has the distribution Beta(r, n + 1 - r), if they
+    have a density. The rank is the largest r for which it is at most `rate` with probability `confidence`.
+
+    Raises
+    ------
+    ValueError
+        If that is no rank, not even the lowest.
+    """
+    ranks = np.arange(1, n + 1)
+    rank = int(np.count_nonzero(betainc(ranks, n + 1 - ranks, rate) >= confidence))  # it decreases with the rank
+    if rank == 0:
+        needed = math.ceil(math.log1p(-confidence) / math.log1p(-rate))
+        raise ValueError(
+            f"confidence={confidence} of target_fpr={rate} needs at least {needed} good rows or images, of as many "
+            f"groups where groups are given, and there are {n}. These can promise "
+            f"target_fpr={_rounded(-math.expm1(math.log1p(-confidence) / n), math.ceil)} with confidence={confidence}, "
+            f"or target_fpr={rate} with confidence={_rounded(-math.expm1(n * math.log1p(-rate)), math.floor)}; "
+            "confidence=None promises it on average."
+        )
+    return rank
+
+
+def _rounded(probability: float, direction: Callable[[float], int]) -> float:
+    """Return a probability in (0, 1) rounded to two digits, up or down, and still in (0, 1)."""
+    n_digits = 1 - math.floor(math.log10(min(probability, 1 - probability)))
+    return direction(probability * 10**n_digits) / 10**n_digits
 
 
 def threshold_between(training_scores: NDArray[np.floating], n_anomalous: int, preferred: float) -> float:
@@ -241,9 +421,9 @@ def weighted_mean(log_densities: NDArray[np.floating], sample_weight: Any) -> fl
 
 def judged_scores(
     calibration_scores: NDArray[np.floating],
+    promised_threshold: float,
     training_scores: Callable[[], NDArray[np.floating]],
     n_anomalous: int | None,
-    target_fpr: float,
     threshold_offset: float | Literal["auto"],
 ) -> tuple[float, NDArray[np.floating]]:
     """Return the threshold, and the scores of the training rows that are compared with it.
@@ -254,7 +434,7 @@ def judged_scores(
     if threshold_offset != "auto":
         return float(threshold_offset), calibration_scores
     if n_anomalous is None:
-        return threshold_at_rate(calibration_scores, target_fpr), calibration_scores
+        return promised_threshold, calibration_scores
     scores = training_scores()
     preferred = threshold_at_rate(calibration_scores, n_anomalous / len(scores))
     return threshold_between(scores, n_anomalous, preferred), scores

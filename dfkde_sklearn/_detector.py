@@ -81,6 +81,9 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
     target_fpr : float, default=0.05
         The share of new normal rows that may be called anomalous; used where `contamination` and `threshold_offset`
         are "auto".
+    confidence : float in (0, 1) or None, default=None
+        The probability, over training sets, that `target_fpr` holds for this detector; None: it holds on average over
+        detectors. With `groups`, it is then the share of new groups of which any row is called anomalous.
     threshold_steepness : float, default=0.05
         Slope of the probability at the threshold, per unit (nat) of log density.
     threshold_offset : "auto" or float, default="auto"
@@ -117,7 +120,10 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
     kernel_centers_ : ndarray of shape (n_kernels, `n_components_`)
         The training rows of the density, whitened: their covariance is the identity.
     calibration_scores_ : ndarray of shape (n_samples,)
-        Log density of each training row from a fit without it; only these set the threshold. See Notes.
+        Log density of each training row from a fit without it, and then those of :meth:`recalibrate`; only these
+        set the threshold. See Notes.
+    calibration_groups_ : ndarray of shape (n_samples,), int64
+        The number of the group that each calibration score counts for: those of `groups`, or else each its own.
     offset_ : float
         The threshold: rows whose log density lies below it are called anomalous.
     classes_ : ndarray of shape (2,)
@@ -190,6 +196,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         "max_samples": [Interval(Integral, 2, None, closed="left"), None],
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
         "target_fpr": [Interval(Real, 0, 1, closed="neither")],
+        "confidence": [Interval(Real, 0, 1, closed="neither"), None],
         "threshold_steepness": [Interval(Real, 0, None, closed="neither")],
         "threshold_offset": [StrOptions({"auto"}), Interval(Real, None, None, closed="neither")],
         "device": [str, torch.device, None],
@@ -207,6 +214,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         max_samples: int | None = 40_000,
         contamination: Literal["auto"] | float = "auto",
         target_fpr: float = 0.05,
+        confidence: float | None = None,
         threshold_steepness: float = 0.05,
         threshold_offset: Literal["auto"] | float = "auto",
         device: str | torch.device | None = None,
@@ -220,6 +228,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         self.max_samples = max_samples
         self.contamination = contamination
         self.target_fpr = target_fpr
+        self.confidence = confidence
         self.threshold_steepness = threshold_steepness
         self.threshold_offset = threshold_offset
         self.device = device
@@ -314,6 +323,8 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         """Fit, and return the scores (n,) of the training rows that are compared with the threshold."""
         table = self._fit_features(X)
         group_numbers = with_copies(groups, table)
+        calibration_groups = np.arange(len(table)) if groups is None else group_numbers.numpy()
+        self._check_confidence(calibration_groups)
         drawn = drawn_rows(len(table), self.max_samples, None if groups is None else group_numbers, self.random_state)
         rows = floats(table if len(drawn) == len(table) else table[drawn])
         if groups is None:
@@ -354,12 +365,13 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         self.calibration_scores_ = self._scores_of_all(
             table, copies(table).numpy(), drawn, training.calibration_scores.cpu().numpy()
         )
+        self.calibration_groups_ = calibration_groups
         self.classes_ = np.array([-1, 1])
         self.offset_, scores = judged_scores(
             self.calibration_scores_,
+            self._promised_threshold(self.calibration_scores_, self.calibration_groups_),
             lambda: self._scores(table),
             None if self.contamination == "auto" else n_removed(float(self.contamination), len(table)),
-            self.target_fpr,
             self.threshold_offset,
         )
         return scores
@@ -523,7 +535,8 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         buffers = DensityBuffers(self.scaling, float(self.threshold_steepness), float(self.offset_))
         # A copy: torch warns of read-only arrays, such as memory maps.
         scores = torch.from_numpy(np.array(self.calibration_scores_))
-        buffers.keep(self._fitted(dtype, torch.device("cpu")), scores)
+        groups = torch.from_numpy(np.array(self.calibration_groups_))
+        buffers.keep(self._fitted(dtype, torch.device("cpu")), scores, groups)
         return buffers
 
     def _exported_answers(self, X: Any) -> Expected:
@@ -544,6 +557,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         """Set all fitted attributes from copies of buffers, and a fitted feature extractor or None."""
         buffers = copy.deepcopy(buffers)  # the arrays share the memory of the tensors
         self._keep(buffers.fitted(buffers.kernel_centers.dtype))
+        self.calibration_groups_ = buffers.calibration_groups.cpu().numpy()
         self.calibration_scores_ = buffers.calibration_scores.cpu().numpy()
         self.offset_ = float(buffers.offset)
         self.classes_ = np.array([-1, 1])

@@ -102,8 +102,12 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     target_fpr : float, default=0.05
         The share of new normal images that may be called anomalous; used where `contamination` and `threshold_offset`
         are "auto".
+    confidence : float in (0, 1) or None, default=None
+        The probability, over training sets, that `target_fpr` holds for this detector; None: it holds on average over
+        detectors. With `groups`, it is then the share of new groups of which any image is called anomalous.
     target_map_fpr : float, default=0.01
-        The share of the pixels of new normal images that may lie below `map_offset_`.
+        The share of the pixels of new normal images that may lie below `map_offset_`, on average over detectors,
+        whatever `confidence` is.
     threshold_steepness : float, default=0.05
         Slope of the probability at the threshold, per unit (nat) of log density.
     threshold_offset : "auto" or float, default="auto"
@@ -140,7 +144,10 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     kernel_centers_ : ndarray of shape (h * w, n_kernels, C)
         The whitened training vectors; zero for a single Gaussian.
     calibration_scores_ : ndarray of shape (n_samples,)
-        Score of each training image from a fit without it; only these set the threshold. See Notes.
+        Score of each training image from a fit without it, and then those of :meth:`recalibrate`; only these
+        set the threshold. See Notes.
+    calibration_groups_ : ndarray of shape (n_samples,), int64
+        The number of the group that each calibration score counts for: those of `groups`, or else each its own.
     offset_ : float
         The threshold: images whose score lies below it are called anomalous.
     map_offset_ : float
@@ -204,6 +211,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         "max_samples": [Interval(Integral, _MIN_IMAGES, None, closed="left"), None],
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
         "target_fpr": [Interval(Real, 0, 1, closed="neither")],
+        "confidence": [Interval(Real, 0, 1, closed="neither"), None],
         "target_map_fpr": [Interval(Real, 0, 1, closed="neither")],
         "threshold_steepness": [Interval(Real, 0, None, closed="neither")],
         "threshold_offset": [StrOptions({"auto"}), Interval(Real, None, None, closed="neither")],
@@ -225,6 +233,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         max_samples: int | None = 1000,
         contamination: Literal["auto"] | float = "auto",
         target_fpr: float = 0.05,
+        confidence: float | None = None,
         target_map_fpr: float = 0.01,
         threshold_steepness: float = 0.05,
         threshold_offset: Literal["auto"] | float = "auto",
@@ -242,6 +251,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         self.max_samples = max_samples
         self.contamination = contamination
         self.target_fpr = target_fpr
+        self.confidence = confidence
         self.target_map_fpr = target_map_fpr
         self.threshold_steepness = threshold_steepness
         self.threshold_offset = threshold_offset
@@ -310,6 +320,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         vectors = self._fit_features(X)
         n = len(vectors)
         group_ids = with_copies(groups, vectors.reshape(n, -1))
+        calibration_groups = np.arange(n) if groups is None else group_ids.numpy()
+        self._check_confidence(calibration_groups)
         drawn = drawn_rows(n, self.max_samples, None if groups is None else group_ids, self.random_state)
         images = floats(vectors if len(drawn) == n else vectors[drawn])
         largest = int(group_ids[drawn].unique(return_counts=True)[1].max())
@@ -336,15 +348,16 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         if len(others):
             maps[others] = self._vector_maps(vectors[others])
         self.calibration_scores_ = self._scores(maps)
+        self.calibration_groups_ = calibration_groups
         self.classes_ = np.array([-1, 1])
         is_normal = np.ones(n, dtype=bool)
         is_normal[drawn] = training.is_kept.cpu().numpy()
         self.map_offset_ = self._map_threshold(maps[is_normal])
         self.offset_, scores = judged_scores(
             self.calibration_scores_,
+            self._promised_threshold(self.calibration_scores_, self.calibration_groups_),
             lambda: self._scores(self._vector_maps(vectors)),
             None if self.contamination == "auto" else n_removed(float(self.contamination), len(vectors)),
-            self.target_fpr,
             self.threshold_offset,
         )
         return scores
@@ -634,7 +647,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         buffers = PositionBuffers(self.n_lowest, float(self.threshold_steepness), float(self.offset_))
         # A copy: torch warns of read-only arrays, such as memory maps.
         scores = torch.from_numpy(np.array(self.calibration_scores_))
-        buffers.keep(self._fitted(torch.device("cpu")), scores, self.grid_shape_, self.map_offset_)
+        groups = torch.from_numpy(np.array(self.calibration_groups_))
+        buffers.keep(self._fitted(torch.device("cpu")), scores, groups, self.grid_shape_, self.map_offset_)
         return buffers
 
     @classmethod
@@ -647,6 +661,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         buffers = copy.deepcopy(buffers)  # the arrays share the memory of the tensors
         self._keep(buffers.fitted())
         self.grid_shape_ = (buffers.grid[0], buffers.grid[1])
+        self.calibration_groups_ = buffers.calibration_groups.cpu().numpy()
         self.calibration_scores_ = buffers.calibration_scores.numpy()
         self.offset_ = float(buffers.offset)
         self.map_offset_ = float(buffers.map_offset)

@@ -34,7 +34,7 @@ ALLOWED = {
     "_kernels": {"_threads"},
     "_density": {"_kernels", "_threads"},
     "_features": {"_images", "_device", "_threads", "_files", "_document"},
-    "_calibration": set(),
+    "_calibration": {"_groups"},
     "_deploy": {"_density", "_kernels", "_features", "_images", "_device", "_files", "_document"},
     "_classifier": {"_calibration"},
     "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_device", "_groups", "_matrices"},

@@ -107,6 +107,13 @@ def add_parser(commands: Any) -> None:
         help="the share of the training images that is anomalous, which sets the threshold instead of --target-fpr",
     )
     command.add_argument(
+        "--confidence",
+        type=float,
+        metavar="PROBABILITY",
+        help="the probability with which --target-fpr holds for this detector, such as 0.9; with --groups it is then the "
+        "share of new parts of which any image is called anomalous (default: it holds on average over detectors)",
+    )
+    command.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -131,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     detector = DETECTORS[options.detector](
         _feature_extractor(options),
         **detector_parameters(options),
-        **given(options, "contamination"),
+        **given(options, "contamination", "confidence"),
         device=options.device,
         random_state=options.seed,
     )
@@ -149,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
         {
             "Training": f"{source}, {options.folder}",
             **detector_facts(detector),
-            **_expected_rate(options, len(train)),
+            **_expected_rate(options, len(np.unique(detector.calibration_groups_))),
             "Model": f"{options.model}, for dfkde score",
         }
     )
@@ -207,14 +214,20 @@ def _save(detector: DFKDEDetector | PatchDFKDEDetector, path: Path, force: bool)
     saved.save(path)
 
 
-def _expected_rate(options: argparse.Namespace, n_train: int) -> dict[str, str]:
-    """Return the rate of anomalous images to expect with this threshold."""
+def _expected_rate(options: argparse.Namespace, n_units: int) -> dict[str, str]:
+    """Return the rate of anomalous images to expect with this threshold, from `n_units` images or groups of them."""
     if options.contamination is not None:
         return {"Anomalies expected": f"{percent(options.contamination)} of images like these"}
+    units = "images" if options.groups is None else "parts"
+    if options.confidence is not None:
+        return {
+            "False alarms expected": f"at most {percent(options.target_fpr)} of new good {units}, with "
+            f"{percent(options.confidence)} confidence"
+        }
     expected = f"{percent(options.target_fpr)} of new good images"
-    lowest = 1 / (n_train + 1)
+    lowest = 1 / (n_units + 1)
     if options.target_fpr < lowest:
-        expected += f"; but {n_train} images cannot tell a rate below {percent(lowest)}: use more of them"
+        expected += f"; but {n_units} {units} cannot tell a rate below {percent(lowest)}: use more of them"
     return {"False alarms expected": expected}
 
 

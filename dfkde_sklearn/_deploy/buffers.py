@@ -47,6 +47,7 @@ class StateBuffers(nn.Module):
     mean: Tensor
     kernel_centers: Tensor
     calibration_scores: Tensor
+    calibration_groups: Tensor
     steepness: Tensor
     offset: Tensor
 
@@ -180,10 +181,10 @@ class DensityBuffers(StateBuffers):
         Of the probability as a function of the log density.
     """
 
-    # m are training rows.
-    AXES = dict(STATE) | {"calibration_scores": "m", "steepness": "", "offset": ""}
+    # m are calibration scores.
+    AXES = dict(STATE) | {"calibration_scores": "m", "calibration_groups": "m", "steepness": "", "offset": ""}
     ROW_DTYPE = ("kernel_centers", "calibration_scores")
-    INTEGERS = ("scaling_code",)
+    INTEGERS = ("scaling_code", "calibration_groups")
     POSITIVE = ("scale", "max_length", "bandwidth", "residual", "gaussian_residual")
     MAY_BE_EMPTY = ("residual", "gaussian_residual")
     # anomalib's weights lack the singular values of "norm", which no score needs.
@@ -217,9 +218,12 @@ class DensityBuffers(StateBuffers):
             return None
         return f"scaling={parameters['scaling']!r} was set after a fit with {self.scaling!r}"
 
-    def keep(self, fitted: FeatureDensity, calibration_scores: Tensor) -> None:
-        """Store a fitted density and its calibration scores."""
-        self.keep_state(fitted.state() | {"calibration_scores": calibration_scores})
+    def keep(
+        self, fitted: FeatureDensity, calibration_scores: Tensor, calibration_groups: Tensor | None = None
+    ) -> None:
+        """Store a fitted density, its calibration scores, and the group of each; None: each is on its own."""
+        groups = torch.arange(len(calibration_scores)) if calibration_groups is None else calibration_groups
+        self.keep_state(fitted.state() | {"calibration_scores": calibration_scores, "calibration_groups": groups})
         self.scaling = fitted.density.scaling
 
     def fitted(self, dtype: torch.dtype) -> FeatureDensity:

@@ -25,16 +25,17 @@ class PositionBuffers(StateBuffers):
         Of the probability as a function of the log density.
     """
 
-    # s are training images, and g the height and width of the grid.
+    # s are calibration scores, and g the height and width of the grid.
     AXES = dict(STATE) | {
         "grid_shape": "g",
         "map_offset": "",
         "calibration_scores": "s",
+        "calibration_groups": "s",
         "steepness": "",
         "offset": "",
     }
     ROW_DTYPE = ("whitening", "kernel_centers", "calibration_scores")
-    INTEGERS = ("grid_shape",)
+    INTEGERS = ("grid_shape", "calibration_groups")
     POSITIVE = ("scale", "bandwidth")
 
     scale: Tensor
@@ -59,10 +60,20 @@ class PositionBuffers(StateBuffers):
         return None if given in ("auto", fitted) else f"normalization={given} was set after a fit with {fitted}"
 
     def keep(
-        self, fitted: PositionDensity, calibration_scores: Tensor, grid_shape: tuple[int, int], map_offset: float
+        self,
+        fitted: PositionDensity,
+        calibration_scores: Tensor,
+        calibration_groups: Tensor,
+        grid_shape: tuple[int, int],
+        map_offset: float,
     ) -> None:
-        """Store a fitted density, its calibration scores, its grid and the threshold of its maps."""
-        others = {"calibration_scores": calibration_scores, "grid_shape": grid_shape, "map_offset": map_offset}
+        """Store a fitted density, its calibration scores and their groups, its grid and the threshold of its maps."""
+        others = {
+            "calibration_scores": calibration_scores,
+            "calibration_groups": calibration_groups,
+            "grid_shape": grid_shape,
+            "map_offset": map_offset,
+        }
         self.keep_state(fitted.state() | others)
         self._note()
 

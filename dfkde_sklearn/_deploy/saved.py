@@ -33,7 +33,7 @@ from dfkde_sklearn._features.scattering import ScatteringFeatures
 from dfkde_sklearn._files import write_file
 
 FORMAT = "dfkde-sklearn"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _DIGITS = "0" * 64
 # The feature extractors that a file may name.
 _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind in (TimmFeatures, ScatteringFeatures)}

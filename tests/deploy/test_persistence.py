@@ -143,7 +143,7 @@ def test_the_header_says_what_the_file_needs(tmp_path):
     detector = DFKDEDetector.original(tiny(layers="layer2"), n_components=3).fit(pictures(10))
     detector.save(tmp_path / "d")
     header = header_of(tmp_path / "d")
-    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 3)
+    assert (header["format"], header["format_version"]) == ("dfkde-sklearn", 4)
     assert header["versions"].keys() >= {"dfkde-sklearn", "numpy", "scikit-learn", "timm", "torch", "python"}
     fitted = header["extractor"]["fitted"]
     assert fitted["backbone_name_"] == detector.features_.backbone_name_
@@ -221,8 +221,8 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_newer_format_is_refused_with_the_way_out(tmp_path):
     small_file(tmp_path / "d")
-    rewrite(tmp_path / "d", format_version=4)
-    with pytest.raises(ValueError, match=r"format version 4.*reads up to 3\. Install a newer one"):
+    rewrite(tmp_path / "d", format_version=5)
+    with pytest.raises(ValueError, match=r"format version 5.*reads up to 4\. Install a newer one"):
         DFKDEDetector.load(tmp_path / "d")
 
 
