@@ -15,10 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betainc, expit
 from sklearn.base import OutlierMixin
-from sklearn.utils import check_scalar, column_or_1d
+from sklearn.utils import column_or_1d
+from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn._groups import group_numbers
+
+# What the parameter `confidence` may be.
+CONFIDENCE: list[Any] = [Interval(Real, 0, 1, closed="neither"), None]
 
 
 class Assessment(NamedTuple):
@@ -180,7 +184,7 @@ class CalibratedOutlierMixin(OutlierMixin):
         """
         if confidence is None:
             return self.assess(X).p_value
-        check_scalar(confidence, "confidence", Real, min_val=0, max_val=1, include_boundaries="neither")
+        validate_parameter_constraints({"confidence": CONFIDENCE}, {"confidence": confidence}, "p_values")
         scores = self.score_samples(X)
         lowest = lowest_of_groups(self.calibration_scores_, self.calibration_groups_)
         return conditional_p_values(scores, lowest, float(confidence))

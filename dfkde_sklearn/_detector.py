@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from dfkde_sklearn._calibration import CalibratedOutlierMixin, judged_scores, labels, weighted_mean
+from dfkde_sklearn._calibration import CONFIDENCE, CalibratedOutlierMixin, judged_scores, labels, weighted_mean
 from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.fit import fit
 from dfkde_sklearn._density.folds import copies, n_moved
@@ -196,7 +196,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         "max_samples": [Interval(Integral, 2, None, closed="left"), None],
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
         "target_fpr": [Interval(Real, 0, 1, closed="neither")],
-        "confidence": [Interval(Real, 0, 1, closed="neither"), None],
+        "confidence": CONFIDENCE,
         "threshold_steepness": [Interval(Real, 0, None, closed="neither")],
         "threshold_offset": [StrOptions({"auto"}), Interval(Real, None, None, closed="neither")],
         "device": [str, torch.device, None],

@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._calibration import (
+    CONFIDENCE,
     Assessment,
     CalibratedOutlierMixin,
     judged_scores,
@@ -211,7 +212,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         "max_samples": [Interval(Integral, _MIN_IMAGES, None, closed="left"), None],
         "contamination": [StrOptions({"auto"}), Interval(Real, 0, 0.5, closed="right")],
         "target_fpr": [Interval(Real, 0, 1, closed="neither")],
-        "confidence": [Interval(Real, 0, 1, closed="neither"), None],
+        "confidence": CONFIDENCE,
         "target_map_fpr": [Interval(Real, 0, 1, closed="neither")],
         "threshold_steepness": [Interval(Real, 0, None, closed="neither")],
         "threshold_offset": [StrOptions({"auto"}), Interval(Real, None, None, closed="neither")],

@@ -110,8 +110,8 @@ def add_parser(commands: Any) -> None:
         "--confidence",
         type=float,
         metavar="PROBABILITY",
-        help="the probability with which --target-fpr holds for this detector, such as 0.9; with --groups it is then the "
-        "share of new parts of which any image is called anomalous (default: it holds on average over detectors)",
+        help="the probability with which --target-fpr holds for this detector, such as 0.9; with --groups it is then "
+        "the share of new parts of which any image is called anomalous (default: it holds on average over detectors)",
     )
     command.add_argument(
         "--seed",

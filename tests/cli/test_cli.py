@@ -183,6 +183,10 @@ def test_fit_says_which_rate_of_false_alarms_to_expect(textures, tmp_path, capsy
     assert fact(capsys.readouterr().out, "False alarms expected") == "10 % of new good images"
     assert run("fit", good, *SCATTERING, "--model", tmp_path / "b", "--target-fpr", "0.001") == 0
     assert "60 images cannot tell a rate below 1.64 %" in fact(capsys.readouterr().out, "False alarms expected")
+    confident = ("--target-fpr", "0.1", "--confidence", "0.9")
+    assert run("fit", good, *SCATTERING, "--model", tmp_path / "d", *confident) == 0
+    expected = "at most 10 % of new good images, with 90 % confidence"
+    assert fact(capsys.readouterr().out, "False alarms expected") == expected
     assert run("fit", good, *SCATTERING, "--model", tmp_path / "c", "--contamination", "0.1") == 0
     assert fact(capsys.readouterr().out, "Anomalies expected") == "10 % of images like these"
     detector = DFKDEDetector.load(tmp_path / "c")
@@ -634,6 +638,9 @@ MISTAKES = {
     "fit {images} --features scattering --tile-size 32": "--tile-size is for a backbone",
     "fit {images} --features test_resnet --tile-size 32": "Tiles need pooling=None",
     "fit {images} --features scattering --target-fpr 5": "'target_fpr' parameter of PatchDFKDEDetector must be",
+    "fit {images} --features scattering --confidence 2": "'confidence' parameter of PatchDFKDEDetector must be",
+    "fit {images} --features scattering --confidence 0.99": r"confidence=0\.99 of .* at least 90 good .* there are 60",
+    "fit {images} --features scattering --confidence 0.9 --contamination 0.1": "contamination=0.1 sets the threshold",
     "fit {images} --features scattering --residual box": "--residual is for the other detector",
     "fit {images} --detector pooled --flips all": "--flips is for the other detector",
     "fit {images} --features scattering --groups (": r"--groups '\(' is not a regular expression",

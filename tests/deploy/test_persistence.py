@@ -22,7 +22,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.preprocessing import FunctionTransformer
 
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures, TimmFeatures
 from dfkde_sklearn._deploy import saved
 from dfkde_sklearn._features import backbones
 
@@ -178,6 +178,22 @@ def test_a_memory_mapped_detector_can_be_saved(tmp_path):
     joblib.dump(detector, tmp_path / "d.joblib")
     joblib.load(tmp_path / "d.joblib", mmap_mode="r").save(tmp_path / "d")
     np.testing.assert_array_equal(DFKDEDetector.load(tmp_path / "d").kernel_centers_, detector.kernel_centers_)
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_groups_and_a_recalibration_are_kept(kind, tmp_path):
+    detector = kind(confidence=0.9, target_fpr=0.2).fit(rows(60), groups=np.arange(60) // 3)
+    detector.recalibrate(rows(20, seed=1), groups=np.arange(20) // 2).save(tmp_path / "d")
+    for other in (kind.load(tmp_path / "d"), pickle.loads(pickle.dumps(detector))):
+        np.testing.assert_array_equal(other.calibration_scores_, detector.calibration_scores_)
+        np.testing.assert_array_equal(other.calibration_groups_, detector.calibration_groups_)
+        assert other.calibration_groups_.dtype == np.int64
+        assert (other.offset_, other.confidence) == (detector.offset_, 0.9)
+        for confidence in (None, 0.9):
+            expected = detector.p_values(rows(20, seed=2), confidence=confidence)
+            np.testing.assert_array_equal(other.p_values(rows(20, seed=2), confidence=confidence), expected)
+    again = [which.recalibrate(rows(9, seed=3)).offset_ for which in (other, detector)]
+    assert again[0] == again[1]
 
 
 # ---- damage
