@@ -113,7 +113,7 @@ def kept_by_rows(categories: Mapping[str, NormalAndAnomalous], n_detectors: int)
         f"N normal rows drawn at random for training, the rate measured on {N_NEW} generated ones, or on all other "
         f"normal ones; {2 * n_detectors} and {n_detectors} detectors. Alarms: the mean rate; above: the share of "
         "detectors whose rate is above 0.05; found: the share of the anomalous rows; each for confidence=None and for "
-        "0.9. By the law: what is above with 0.9 where scores are independent and the rate is measured on as many rows.",
+        "0.9. By the law: what is above with 0.9 where scores are independent, and rates measured on as many rows.",
     )
     print_table("data", rows, "promises_rows")
     return claims
@@ -197,9 +197,9 @@ def kept_by_parts(images: ImageSet, maps: NDArray[np.float32], n_splits: int, ra
         "--tiles FOLDER --weights FILE",
         f"Trained on the good photographs of {n_tiles} tiles drawn at random, in random order, tested on those of "
         f"{n_new} others; {len(splits)} splits. Photographs: the share of those of a tile, each tile counting once; "
-        f"tiles: those with any photograph called anomalous; splits above: with more than {rate} of the tiles, by the law "
-        f"{expected:.3f} with confidence 0.9 and groups; found: the share of all defective photographs. p-values: of "
-        f"at most {rate}. MobileNetV2, layers for positions; DFKDEDetector: their mean over positions.",
+        f"tiles: those with any photograph called anomalous; splits above: with more than {rate} of the tiles, by the "
+        f"law {expected:.3f} with confidence 0.9 and groups; found: the share of all defective photographs. p-values: "
+        f"of at most {rate}. MobileNetV2, layers for positions; DFKDEDetector: their mean over positions.",
     )
     print_table("detector", rows, "promises_tiles")
     return claims

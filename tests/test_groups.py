@@ -10,6 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dfkde_sklearn import AnomalyClassifier, DFKDEDetector, PatchDFKDEDetector
+from dfkde_sklearn._calibration import conformal_p_values, rank_with_confidence
 from dfkde_sklearn._groups import share_of_near_duplicates, with_copies
 
 
@@ -91,6 +92,70 @@ def test_groups_that_share_a_copy_are_one():
     table[4] = table[1]
     numbers = with_copies(["a", "a", "b", "b", "c", "d"], table)
     assert numbers.tolist() == [0, 0, 2, 2, 0, 5]
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_a_promise_with_confidence_counts_parts_and_not_their_images(kind):
+    train, groups = shuffled_parts(50, 5)
+    detector = kind(confidence=0.9, target_fpr=0.1).fit(train, groups=groups)
+    lowest = sorted(min(detector.calibration_scores_[groups == part]) for part in np.unique(groups))
+    assert rank_with_confidence(50, 0.1, 0.9) == 2
+    assert detector.offset_ == lowest[1]
+    is_few = np.isin(groups, np.unique(groups)[:44])
+    with pytest.raises(ValueError, match=r"at least 45 good rows or images, of as many groups .* there are 44"):
+        kind(confidence=0.9).fit(train[is_few], groups=groups[is_few])
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_p_values_count_parts_and_not_their_images(kind):
+    train, groups = shuffled_parts(30, 5)
+    detector = kind().fit(train, groups=groups)
+    new, _ = parts(20, 5, seed=1)
+    expected = conformal_p_values(detector.score_samples(new), detector.calibration_scores_, groups)
+    np.testing.assert_allclose(detector.p_values(new), expected, rtol=1e-12)
+    assert detector.p_values(new + 99).max() == pytest.approx(1 / 31)
+    lowest = np.array([min(detector.calibration_scores_[groups == part]) for part in np.unique(groups)])
+    np.testing.assert_allclose(
+        detector.p_values(new, confidence=0.9),
+        [conditional_p_value(np.count_nonzero(lowest <= score), 30) for score in detector.score_samples(new)],
+    )
+
+
+def conditional_p_value(n_at_or_below, n, k=15, delta=0.1):
+    """Return the constant of the generalised Simes inequality for 30 groups."""
+    factors = np.maximum(n - n_at_or_below - np.arange(k), 0) / (n - np.arange(k))
+    return 1 - (delta * factors.prod()) ** (1 / k)
+
+
+def test_parts_that_share_a_copy_count_as_one():
+    train, groups = parts(45, 3)
+    detector = DFKDEDetector(confidence=0.9, **SETTINGS)
+    assert len(np.unique(detector.fit(train, groups=groups).calibration_groups_)) == 45
+    train[0] = train[-1]
+    with pytest.raises(ValueError, match="there are 44"):
+        detector.fit(train, groups=groups)
+
+
+def test_without_groups_each_row_counts_even_copies():
+    train = np.repeat(parts(40, 1)[0], 2, axis=0)
+    detector = DFKDEDetector(**SETTINGS).fit(train)
+    np.testing.assert_array_equal(detector.calibration_groups_, np.arange(80))
+    np.testing.assert_array_equal(
+        detector.p_values(train), conformal_p_values(detector.score_samples(train), detector.calibration_scores_)
+    )
+
+
+@pytest.mark.parametrize("kind", [DFKDEDetector, PatchDFKDEDetector])
+def test_of_new_parts_at_most_the_rate_has_an_anomalous_image(kind):
+    rates = []
+    for seed in range(40):
+        rows, groups = parts(60 + 200, 4, n_features=4, seed=seed)
+        is_known = np.arange(len(rows)) < 60 * 4
+        detector = kind(confidence=0.9, target_fpr=0.1).fit(rows[is_known], groups=groups[is_known])
+        rates.append((detector.predict(rows[~is_known]).reshape(200, 4) == -1).any(1).mean())
+    # A tenth may be above; more than 10 of 40 with a probability of 0.001.
+    assert np.sum(np.array(rates) > 0.1) <= 10
+    assert np.mean(rates) > 0.02
 
 
 def test_labels_may_be_of_any_kind():
