@@ -125,23 +125,19 @@ def rates(draw: Draw, n: int, n_detectors: int) -> list[tuple[float, ...]]:
     for seed in range(n_detectors):
         train, held_out, anomalous = draw(n, seed)
         detector = DFKDEDetector(features=None, target_fpr=TARGET_FPR, confidence=CONFIDENCE).fit(train)
-        runs.append(
-            (
-                *shares_below(average_threshold(detector, TARGET_FPR), detector, held_out, anomalous),
-                *shares_below(detector.offset_, detector, held_out, anomalous),
-                share_above(TARGET_FPR, n, len(held_out)),
-            )
-        )
+        scores = [detector.score_samples(rows) for rows in (held_out, anomalous)]
+        shares = [
+            float((of_rows < threshold).mean())
+            for threshold in (average_threshold(detector, TARGET_FPR), detector.offset_)
+            for of_rows in scores
+        ]
+        runs.append((*shares, share_above(TARGET_FPR, n, len(held_out))))
     return runs
 
 
 def average_threshold(detector: Any, rate: float) -> float:
     """Return the threshold of confidence=None, without another fit."""
     return float(np.quantile(detector.calibration_scores_.astype(float), rate, method="median_unbiased"))
-
-
-def shares_below(threshold: float, detector: Any, *tables: NDArray[Any]) -> list[float]:
-    return [float((detector.score_samples(rows) < threshold).mean()) for rows in tables]
 
 
 def share_above(rate: float, n: int, n_held_out: int) -> float:
