@@ -166,8 +166,8 @@ class CalibratedOutlierMixin(OutlierMixin):
         Returns
         -------
         ndarray of shape (n_samples,), float64
-            From 1 / (1 + number of calibration scores, or groups), anomalous, to 1, normal; with `confidence` the
-            smallest is ``1 - (1 - confidence) ** (2 / number)``.
+            From 1 / (1 + number of calibration scores, or groups), anomalous, to 1, normal; with `confidence` from
+            ``1 - (1 - confidence) ** (1 / (number // 2))``.
 
         Raises
         ------
@@ -351,8 +351,8 @@ def threshold_at_rate(calibration_scores: NDArray[np.floating], rate: float) -> 
 def threshold_with_confidence(calibration_scores: NDArray[np.floating], rate: float, confidence: float) -> float:
     """Return the score below which, with probability `confidence`, new normal rows fall at most at this rate.
 
-    It is the calibration score of rank `rank_with_confidence`. A new score that equals it does not lie below it, and so
-    does none that ties with the lowest: ties lower the rate.
+    It is the calibration score of rank `rank_with_confidence`. A new score that equals it does not lie below it: ties
+    only lower the rate.
     """
     rank = rank_with_confidence(len(calibration_scores), rate, confidence)
     return float(np.sort(calibration_scores)[rank - 1])

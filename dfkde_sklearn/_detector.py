@@ -142,9 +142,10 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
 
     The training rows are divided into 20 consecutive folds, and each fold is scored with axes, whitening and kernels
     from the other folds: these out-of-fold scores are `calibration_scores_`, and their quantile `target_fpr` is
-    `offset_`. The same folds measure how far held-out rows lie from the axes, which sets the scale of the residual, and
-    their variance along each axis: ``n_components="auto"`` keeps the first axes, as long as the variance of held-out
-    rows is at most twice that of the rows that the axis was computed from.
+    `offset_`; with `confidence` it is one of the lowest of them (docs/guide/thresholds.rst). The same folds measure how
+    far held-out rows lie from the axes, which sets the scale of the residual, and their variance along each axis:
+    ``n_components="auto"`` keeps the first axes, as long as the variance of held-out rows is at most twice that of the
+    rows that the axis was computed from.
 
     Rows left out by `max_samples` or `contamination` are scored by the fit itself. The false-alarm rate holds for new
     rows from the same distribution as the training rows. If several rows show one part, give their `groups` to
@@ -288,7 +289,8 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         ------
         ValueError
             If X holds fewer than two distinct rows, NaN or infinities, or cannot be read as features or images; if
-            `groups` has another length, a missing label, or only one group.
+            `groups` has another length, a missing label, or only one group; if `confidence` needs more rows or groups
+            than there are, or stands beside a `contamination` or `threshold_offset` that sets the threshold.
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """

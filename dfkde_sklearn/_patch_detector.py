@@ -170,8 +170,9 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     that of PaDiM [1]_ with kernels, shrinkage, and a determinant that makes positions comparable.
 
     The training images are divided into 10 consecutive folds, and each is scored by a fit to the others: these
-    out-of-fold scores are `calibration_scores_`, and their quantile `target_fpr` is `offset_`. Images of one part are
-    near-duplicates: give `groups` to ``fit``, so that they share a fold, or the threshold does not hold for new parts.
+    out-of-fold scores are `calibration_scores_`, and their quantile `target_fpr` is `offset_`; with `confidence` it is
+    one of the lowest of them (docs/guide/thresholds.rst). Images of one part are near-duplicates: give `groups` to
+    ``fit``, so that they share a fold, or the threshold does not hold for new parts.
 
     References
     ----------
@@ -286,7 +287,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         ------
         ValueError
             If X holds fewer than three images, NaN or infinities, cannot be read as features or images, or the images
-            do not differ; if `groups` has another length, or is a single group.
+            do not differ; if `groups` has another length, or is a single group; if `confidence` needs more images or
+            groups than there are, or stands beside a `contamination` or `threshold_offset` that sets the threshold.
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """
