@@ -102,10 +102,10 @@ def kept_by_rows(categories: Mapping[str, NormalAndAnomalous], n_detectors: int)
         "Generated rows and ResNet-18 features of MVTec AD: detectors above target_fpr=0.05",
         "--mvtec FOLDER",
         f"N normal rows drawn at random for training, rates measured on {N_NEW} generated ones, or on all other normal "
-        f"ones; {n_detectors} detectors, of all categories as one {n_detectors // 2}. Alarms: the mean rate; above: the "
-        "share of detectors whose rate is above 0.05; found: the share of the anomalous rows; for confidence=None, and "
-        "for 0.9. P-values, 0.9: the share of detectors with p-values of at most p for more than the share p of the "
-        "rows, for any p. Law: what is above where scores are independent, and rates measured on as many rows.",
+        f"ones; {n_detectors} detectors, of all categories as one {n_detectors // 2}. Alarms: the mean rate; above: "
+        "the share of detectors whose rate is above 0.05; found: the share of the anomalous rows; for confidence=None, "
+        "and for 0.9. P-values, 0.9: the share of detectors with p-values of at most p for more than the share p of "
+        "the rows, for any p. Law: what is above where scores are independent, and rates measured on as many rows.",
     )
     print_table("data", rows, "promises_rows")
     return claims
