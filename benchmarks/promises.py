@@ -55,7 +55,7 @@ Draw = Callable[[int, int], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]
 
 def main() -> None:
     parser = option_parser(__doc__, "mvtec", "tiles", "weights")
-    parser.add_argument("--detectors", type=int, default=200, help="of each row (%(default)s; with --quick 3)")
+    parser.add_argument("--detectors", type=int, default=300, help="of each row (%(default)s; with --quick 3)")
     options = parse(parser)
     n_detectors = 3 if options.quick else options.detectors
     start = time.perf_counter()
@@ -71,7 +71,8 @@ def main() -> None:
             images = load_images(options.tiles)
             network = TimmFeatures(mobilenet(options.weights), pooling=None)
             rate = OF_GENERATED_TILES if options.quick else OF_TILES
-            claims |= kept_by_parts(images, network.fit_transform(images.paths.tolist()), n_detectors // 4 + 1, rate)
+            # Fits at positions take longer.
+            claims |= kept_by_parts(images, network.fit_transform(images.paths.tolist()), n_detectors // 6 + 1, rate)
     check_claims(claims, time.perf_counter() - start, quick=options.quick)
 
 
@@ -96,6 +97,8 @@ def kept_by_rows(categories: Mapping[str, NormalAndAnomalous], n_detectors: int)
             claim = f"{name}, N = {n}: above: {mean['above']:.3f}, more than {mean['above, 0.9']:.3f} with confidence"
             claims[claim] = mean["above"] > mean["above, 0.9"]
             for column, expected in (("above, 0.9", mean["law"]), ("p-values, 0.9", mean["law of p-values"])):
+                # Few held-out rows tell a rate only roughly, and more seem above than are.
+                expected = max(1 - CONFIDENCE, expected)
                 limit = expected + 3 * math.sqrt(expected * (1 - expected) / len(runs))
                 claims[f"{name}, N = {n}: {column}: {mean[column]:.3f}, at most {limit:.3f}"] = mean[column] <= limit
     print_heading(
@@ -163,7 +166,7 @@ def share_above(rate: float, n: int, n_held_out: int) -> float:
 
 def generated(n: int, seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return rows that vary in many directions, and anomalous ones that vary a little in all besides."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((n, seed))
     scales = 1 / np.arange(1, N_GENERATED_FEATURES + 1) ** 0.5
     rows = rng.normal(size=(n + N_NEW + 1000, N_GENERATED_FEATURES)) * scales
     anomalous = rows[-1000:] + rng.normal(0, 0.17, (1000, N_GENERATED_FEATURES))
@@ -172,7 +175,7 @@ def generated(n: int, seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[An
 
 def drawn_from(normal: NDArray[Any], anomalous: NDArray[Any]) -> Draw:
     def draw(n: int, seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        order = np.random.default_rng(seed).permutation(len(normal))
+        order = np.random.default_rng((n, seed)).permutation(len(normal))
         return normal[order[:n]], normal[order[n:]], anomalous
 
     return draw
