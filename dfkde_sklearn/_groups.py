@@ -143,12 +143,14 @@ _N_AXES = 32
 _SAMPLE, _MAX_PRODUCTS = (200, 500), 4 * 10**9
 # For this many rows, among all.
 _QUERIES = 300
-# The neighbours whose distances say how rows lie, and the fewest rows for which they do.
-_NEIGHBOURS = (10, 30)
-_MIN_ROWS = 40
-# A nearest neighbour that is this improbably near is a near-duplicate. Of independent rows 1 % have one, and on 8
-# categories of MVTec AD at most 5 %; of photographs of magnetic tiles 43 to 99 %, depending on the features, and of
-# solar cells 18 to 38 %: cells of one module look alike.
+# The farthest neighbour whose distance says how rows lie is one of this part of the rows, within these bounds, and the
+# first is a third as far. Parts photographed at any angle lie on a curve, which from farther away looks like many
+# dimensions, in which their neighbours would be improbably near: fewer rows than these do not say how they lie.
+_PART_OF_ROWS, _FARTHEST_NEIGHBOUR = 12, (12, 30)
+_MIN_ROWS = 150
+# A nearest neighbour that is this improbably near is a near-duplicate. Of independent rows less than 1 % have one, and on
+# 8 categories of MVTec AD at most 7 %; of photographs of magnetic tiles 50 to 96 %, depending on the features and the
+# number of rows, and of solar cells 7 to 21 %: cells of one module look alike.
 _P_VALUE = 0.01
 _SMALLEST_SHARE, _FEWEST = 0.1, 5
 
@@ -156,10 +158,10 @@ _SMALLEST_SHARE, _FEWEST = 0.1, 5
 def share_of_near_duplicates(table: NDArray[np.number], n_folds: int = N_FOLDS) -> float:
     """Return the share of rows of a table (n, n_features) with a near-duplicate in another fold; 0 if nearly none.
 
-    A near-duplicate lies improbably near, given how far away the row's 10th to 30th neighbours are: their distances
-    determine the dimension in which rows lie [1]_, and with it the distribution of the nearest one. Neighbours in the
-    row's own fold do no harm, and do not count. Groups of more than about ten rows are not found if all of their rows
-    are equally near: these are one another's 30 neighbours.
+    A near-duplicate lies improbably near, given how far away the row's 11th to 30th neighbours are, of fewer than 360
+    rows nearer ones: their distances determine the dimension in which rows lie [1]_, and with it the distribution of
+    the nearest one. Neighbours in the row's own fold do no harm, and do not count. Groups of more than about ten rows, of
+    five where there are 150, are not found if all of their rows are equally near.
 
     References
     ----------
@@ -174,7 +176,8 @@ def share_of_near_duplicates(table: NDArray[np.number], n_folds: int = N_FOLDS) 
     n = len(rows)
     if n < _MIN_ROWS:
         return 0.0
-    low, high = min(_NEIGHBOURS[0], n // 4), min(_NEIGHBOURS[1], n // 2)
+    high = min(max(n // _PART_OF_ROWS, _FARTHEST_NEIGHBOUR[0]), _FARTHEST_NEIGHBOUR[1])
+    low = high // 3 + 1
     queries = _evenly_spaced(_QUERIES, n)
     nearest = _nearest_distances(_whitened(table, rows), queries, fold[rows], high)
     radius = nearest[:, -1:]
