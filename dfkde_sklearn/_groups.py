@@ -148,8 +148,8 @@ _QUERIES = 300
 # dimensions, in which their neighbours would be improbably near: fewer rows than these do not say how they lie.
 _PART_OF_ROWS, _FARTHEST_NEIGHBOUR = 12, (12, 30)
 _MIN_ROWS = 150
-# A nearest neighbour that is this improbably near is a near-duplicate. Of independent rows less than 1 % have one, and on
-# 8 categories of MVTec AD at most 7 %; of photographs of magnetic tiles 50 to 96 %, depending on the features and the
+# A nearest neighbour that is this improbably near is a near-duplicate. Of independent rows less than 1 % have one; on
+# 8 categories of MVTec AD at most 7 %, of photographs of magnetic tiles 50 to 96 %, depending on the features and the
 # number of rows, and of solar cells 7 to 21 %: cells of one module look alike.
 _P_VALUE = 0.01
 _SMALLEST_SHARE, _FEWEST = 0.1, 5
@@ -160,8 +160,8 @@ def share_of_near_duplicates(table: NDArray[np.number], n_folds: int = N_FOLDS) 
 
     A near-duplicate lies improbably near, given how far away the row's 11th to 30th neighbours are, of fewer than 360
     rows nearer ones: their distances determine the dimension in which rows lie [1]_, and with it the distribution of
-    the nearest one. Neighbours in the row's own fold do no harm, and do not count. Groups of more than about ten rows, of
-    five where there are 150, are not found if all of their rows are equally near.
+    the nearest one. Neighbours in the row's own fold do no harm, and do not count. Groups of more than about ten rows,
+    of five where there are 150, are not found if all of their rows are equally near.
 
     References
     ----------
