@@ -7,6 +7,7 @@ rows.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betainc, expit
+from scipy.stats import false_discovery_control
 from sklearn.base import OutlierMixin
 from sklearn.utils import column_or_1d
 from sklearn.utils._param_validation import Interval, validate_parameter_constraints
@@ -189,6 +191,70 @@ class CalibratedOutlierMixin(OutlierMixin):
         lowest = lowest_of_groups(self.calibration_scores_, self.calibration_groups_)
         return conditional_p_values(scores, lowest, float(confidence))
 
+    def select(self, X: Any, *, fdr: float = 0.1, groups: Any = None) -> NDArray[np.bool_]:
+        """Return which rows of a batch to pull out, such that few of the pulled ones are normal.
+
+        By the procedure of Benjamini and Hochberg [1]_ on the conformal p-values: of the rows that are pulled out, at
+        most the share `fdr` is normal, on average over batches and training sets [2]_. How many are pulled out depends
+        on the batch: with more anomalous rows, a row needs less to be among them.
+
+        The smallest p-value is 1 / (N + 1), for N calibration scores, so that in a batch of m rows fewer than
+        ``m / (N + 1) / fdr`` are never pulled out.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            The batch, as in `fit`.
+        fdr : float in (0, 1), default=0.1
+            The false discovery rate: the share of normal rows among those that are pulled out, on average.
+        groups : array-like of shape (n_samples,) or None, default=None
+            What each row or image shows, as in `fit`, where several show one part. Parts are then pulled out, with all
+            of their rows, by the lowest score of each among the lowest scores of the groups of the fit; `fdr` is that
+            of parts. None: each row is on its own.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), bool
+            True for the rows to pull out.
+
+        Raises
+        ------
+        ValueError
+            If `fdr` is not in (0, 1), or the smallest p-value is larger, so that nothing could be pulled out; if
+            `groups` has another length, or a missing label; or as `score_samples`.
+
+        Warns
+        -----
+        UserWarning
+            If nothing is pulled out, though rows score lower than all calibration scores: there are too few calibration
+            scores for a batch of this size.
+
+        See Also
+        --------
+        scipy.stats.false_discovery_control : The same for any p-values.
+
+        References
+        ----------
+        .. [1] Benjamini and Hochberg (1995), Controlling the false discovery rate,
+           doi:10.1111/j.2517-6161.1995.tb02031.x
+        .. [2] Bates, Candès, Lei, Romano and Sesia (2023), Testing for outliers with conformal p-values,
+           doi:10.1214/22-AOS2244
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from dfkde_sklearn import DFKDEDetector
+        >>> rng = np.random.default_rng(0)
+        >>> detector = DFKDEDetector(n_components=4).fit(rng.normal(size=(400, 16)))
+        >>> batch = rng.normal(size=(50, 16))
+        >>> batch[:5] += 3
+        >>> np.flatnonzero(detector.select(batch, fdr=0.1))
+        array([0, 1, 2, 3, 4])
+        """
+        check_is_fitted(self)
+        self._check_fdr(fdr)
+        return self._selected(self.score_samples(X), fdr, groups)
+
     def recalibrate(self, X_good: Any, *, groups: Any = None) -> Self:
         """Take the scores of new good rows into the calibration, and move the threshold with them.
 
@@ -263,6 +329,41 @@ class CalibratedOutlierMixin(OutlierMixin):
             logistic(-margins, self.threshold_steepness),
             labels(margins),
         )
+
+    def _check_fdr(self, fdr: float) -> None:
+        """Raise a ValueError if no batch can be selected from with this false discovery rate."""
+        validate_parameter_constraints({"fdr": [Interval(Real, 0, 1, closed="neither")]}, {"fdr": fdr}, "select")
+        n_calibrated = len(np.unique(self.calibration_groups_))
+        smallest = 1.0 / (1.0 + n_calibrated)
+        if smallest > fdr:
+            raise ValueError(
+                f"fdr={fdr} with {n_calibrated} calibration scores, or groups: the smallest p-value is {smallest:.3g}, "
+                f"so that nothing can be pulled out. Fit on at least {math.ceil(1 / fdr) - 1}, or allow a larger fdr."
+            )
+
+    def _selected(self, scores: NDArray[np.floating], fdr: float, groups: Any = None) -> NDArray[np.bool_]:
+        """Return which of the scores (n,) `select` pulls out."""
+        n_calibrated = len(np.unique(self.calibration_groups_))
+        smallest = 1.0 / (1.0 + n_calibrated)
+        if groups is None:
+            p_values = conformal_p_values(scores, self.calibration_scores_, self.calibration_groups_)
+            selected = false_discovery_control(p_values) <= fdr
+        else:
+            numbers = group_numbers(groups, len(scores))
+            lowest = lowest_of_groups(self.calibration_scores_, self.calibration_groups_)
+            p_values = conformal_p_values(lowest_of_groups(scores, numbers), lowest)
+            selected = (false_discovery_control(p_values) <= fdr)[np.unique(numbers, return_inverse=True)[1]]
+        n_extreme, n_needed = int((p_values <= smallest).sum()), math.ceil(len(p_values) * smallest / fdr)
+        if n_extreme and not selected.any():
+            warnings.warn(
+                f"{n_extreme} of {len(p_values)} score lower than all {n_calibrated} calibration scores, and none is "
+                f"pulled out: with fdr={fdr} and so few calibration scores, at least {n_needed} of them must. Fit on "
+                f"more good images ({math.ceil(len(p_values) / fdr) - 1} for one of {len(p_values)}), or select from "
+                "smaller batches.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return selected
 
     def _check_confidence(self, groups: NDArray[np.int64]) -> None:
         """Raise a ValueError if `confidence` cannot be kept with scores of these groups (n,)."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import beta, betabinom
+from scipy.stats import beta, betabinom, false_discovery_control
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
@@ -405,3 +405,97 @@ def test_a_recalibration_that_cannot_be_leaves_the_detector_as_it_was(make):
     for other in ({"contamination": 0.1}, {"threshold_offset": 12.0}):
         with pytest.raises(ValueError, match=rf"{next(iter(other))}=.* sets the threshold"):
             make(**other).fit(rows(60)).recalibrate(rows(3))
+
+
+# ---- a batch of parts
+
+
+def calibrated(scores, groups=None):
+    """Return a detector with these calibration scores."""
+    detector = DFKDEDetector.original(n_components=2).fit(rows(40))
+    detector.calibration_scores_ = np.asarray(scores)
+    detector.calibration_groups_ = np.arange(len(scores)) if groups is None else np.asarray(groups)
+    return detector
+
+
+@pytest.mark.parametrize("make", DETECTORS)
+@pytest.mark.parametrize("fdr", [0.05, 0.2, 0.5])
+def test_a_selection_is_that_of_benjamini_and_hochberg(make, fdr):
+    detector = make().fit(rows(200))
+    batch = np.vstack([rows(60, seed=1), rows(15, seed=2) * 3])
+    p_values = detector.p_values(batch)
+    in_order = np.sort(p_values)
+    passing = [k for k in range(1, 76) if in_order[k - 1] <= fdr * k / 75]
+    limit = in_order[max(passing) - 1] if passing else -1.0
+    selected = detector.select(batch, fdr=fdr)
+    assert selected.dtype == bool
+    np.testing.assert_array_equal(selected, p_values <= limit)
+    assert selected.any()
+
+
+def test_of_those_selected_the_share_that_is_asked_for_is_normal():
+    rng, detector = np.random.default_rng(0), calibrated(np.zeros(400))
+    shares, found = [], []
+    for _ in range(2000):
+        scores = np.concatenate([rng.normal(size=80), rng.normal(size=20) - 3])
+        detector.calibration_scores_ = rng.normal(size=400)
+        selected = detector._selected(scores, 0.2)
+        shares.append(selected[:80].sum() / max(1, selected.sum()))
+        found.append(selected[80:].mean())
+    # The procedure's own rate is fdr times the share of normal rows, here 0.16, less what ties of p-values cost.
+    assert 0.13 < np.mean(shares) < 0.16 + 3 * np.std(shares) / 2000**0.5
+    assert np.mean(found) > 0.7
+
+
+def test_a_selection_by_groups_is_that_of_their_lowest_scores():
+    rng = np.random.default_rng(0)
+    detector = calibrated(rng.normal(size=300), np.arange(300) // 3)
+    scores = rng.normal(size=60)
+    scores[:9] -= [0, 0, 6, 0, 5, 0, 4, 0, 0]
+    parts = np.array([f"part {i // 3}" for i in range(60)])
+    selected = detector._selected(scores, 0.2, parts)
+    lowest = np.sort(detector.calibration_scores_.reshape(100, 3).min(1))
+    p_values = np.array([(1 + np.sum(lowest <= of_part)) / 101 for of_part in scores.reshape(20, 3).min(1)])
+    np.testing.assert_array_equal(selected, np.repeat(false_discovery_control(p_values) <= 0.2, 3))
+    np.testing.assert_array_equal(np.flatnonzero(selected), np.arange(9))
+
+
+def test_a_selection_by_groups_of_one_is_that_of_rows():
+    rng = np.random.default_rng(1)
+    detector = calibrated(rng.normal(size=100))
+    scores = rng.normal(size=30) - 4 * (np.arange(30) < 6)
+    np.testing.assert_array_equal(detector._selected(scores, 0.2, np.arange(30)), detector._selected(scores, 0.2))
+
+
+def test_a_batch_too_large_for_the_calibration_scores_is_a_warning_that_says_how_many_are_needed():
+    detector = calibrated(np.linspace(0, 1, 99))
+    scores = np.full(200, 0.5)
+    scores[:3] = -1.0
+    with pytest.warns(UserWarning, match=r"3 of 200 score lower than all 99 .* at least 20 of them .* \(1999 for one"):
+        assert not detector._selected(scores, 0.1).any()
+    scores[:20] = -1.0
+    np.testing.assert_array_equal(detector._selected(scores, 0.1), np.arange(200) < 20)
+    assert calibrated(np.linspace(0, 1, 1999))._selected(np.r_[-1.0, np.full(199, 0.5)], 0.1).sum() == 1
+
+
+def test_a_batch_of_one_or_of_constant_scores_is_selected_from():
+    detector = calibrated(np.linspace(0, 1, 99))
+    assert detector._selected(np.array([-1.0]), 0.01).tolist() == [True]
+    assert detector._selected(np.array([0.5]), 0.3).tolist() == [False]
+    assert not calibrated(np.zeros(99))._selected(np.zeros(50), 0.5).any()
+
+
+@pytest.mark.parametrize("make", DETECTORS)
+def test_selections_that_cannot_be_are_errors(make):
+    with pytest.raises(NotFittedError):
+        make().select(rows(3))
+    detector = make().fit(rows(30))
+    for fdr in (0, 1.0, 10, -0.1, np.nan, "high"):
+        with pytest.raises(ValueError, match="'fdr' parameter of select must be"):
+            detector.select(rows(3), fdr=fdr)
+    with pytest.raises(ValueError, match=r"fdr=0\.01 with 30 .* smallest p-value is 0\.0323, .* at least 99"):
+        detector.select(rows(3), fdr=0.01)
+    with pytest.raises(ValueError, match="groups has 2 labels, and X has 3"):
+        detector.select(rows(3), groups=["a", "b"])
+    with pytest.raises(ValueError, match="NaN"):
+        detector.select(np.full((2, 6), np.nan))

@@ -62,6 +62,13 @@ def add_parser(commands: Any) -> None:
     add_model_argument(command)
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, and folders of them")
     command.add_argument(
+        "--fdr",
+        type=float,
+        metavar="SHARE",
+        help="of the images that are called anomalous, at most this share is good, on average: for a batch of parts, "
+        "in place of the threshold of the model",
+    )
+    command.add_argument(
         "--sort",
         choices=("score", "input"),
         default="score",
@@ -117,8 +124,13 @@ def run(options: argparse.Namespace) -> int:
                 f"MODEL {options.model} is a pooled detector, which has no maps. Leave --maps out, or fit a detector "
                 "of positions."
             )
+        if options.fdr is not None:
+            detector._check_fdr(options.fdr)
         say(options, f"Scoring {len(paths)} images")
         assessment, grid_maps, broken = _assess(detector, paths, options.skip_broken)
+    if options.fdr is not None:
+        selected = detector._selected(assessment.log_density, options.fdr)
+        assessment = assessment._replace(label=np.where(selected, -1, 1))
     for reason in broken.values():
         print_message(f"dfkde score: skipped: {one_line(reason)}")
     readable = [path for path in paths if path not in broken]

@@ -221,6 +221,15 @@ def test_score_draws_the_worst_images(fitted, textures, tmp_path):
     assert NORMAL not in colours
 
 
+def test_a_batch_is_selected_from_by_its_false_discovery_rate(fitted, textures, tmp_path, capsys):
+    images = load_mvtec_folder(textures).X_test.tolist()
+    assert run("score", fitted, *images, "--fdr", "0.3", "--sort", "input", "--csv", tmp_path / "table.csv") == 0
+    expected = DFKDEDetector.load(fitted).select(images, fdr=0.3)
+    found = [row["verdict"] == "anomalous" for row in rows_of(tmp_path / "table.csv")]
+    np.testing.assert_array_equal(found, expected)
+    assert f"{expected.sum()} of 40 images are anomalous" in capsys.readouterr().err
+
+
 def test_an_image_named_twice_is_scored_once(fitted, textures, capsys):
     image = textures / "test" / "good" / "000.png"
     assert run("score", fitted, image, textures / "test" / "good", image) == 0
@@ -648,6 +657,8 @@ MISTAKES = {
     "fit {images} --features scattering --groups no.csv": "no.csv",
     "fit {images} --features scattering --groups folder": "all 60 rows are one group",
     "score {model} {images} --maps maps": "is a pooled detector, which has no maps",
+    "score {model} {images} --fdr 5": "'fdr' parameter of select must be a float in the range",
+    "score {model} {images} --fdr 0.001": "fdr=0.001 with 60 calibration scores",
     "score {model} {images} --masks": "Give --maps FOLDER too",
     "fit {images} --features scattering --device tpu9": "device='tpu9'",
     "fit {images} --features scattering --device meta": "device='meta'. Allowed: 'cpu', 'cuda'",
