@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     facts = {
         "Model": f"{options.model}, {options.model.stat().st_size / 2**20:.1f} MiB",
         "Detector": document["detector"],
-        "Learned from": f"{document['n_calibration_scores']} rows or images",
+        "Calibration scores": str(document["n_calibration_scores"]),
         "Threshold": f"score {document['offset']:.2f} (a log density)",
     }
     if "map_offset" in document:

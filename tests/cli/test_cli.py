@@ -458,7 +458,7 @@ def test_info_tells_what_a_model_holds_without_its_network(textures, weights, tm
     assert run("info", model) == 0
     printed = capsys.readouterr().out
     assert fact(printed, "Detector") == "PatchDFKDEDetector"
-    assert fact(printed, "Learned from") == "60 rows or images"
+    assert fact(printed, "Calibration scores") == "60"
     assert fact(printed, "Layers") == "layer2, layer3"
     assert "target_fpr=0.1" in fact(printed, "Settings")
     assert fact(printed, "Backbone").startswith("test_resnet")
