@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dfkde_sklearn._features.cache import cache_size, clear_cache
     from dfkde_sklearn._features.network import TimmFeatures
     from dfkde_sklearn._features.scattering import ScatteringFeatures
+    from dfkde_sklearn._monitor import DriftMonitor
     from dfkde_sklearn._patch_detector import PatchDFKDEDetector
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Assessment",
     "DFKDEDetector",
     "DfkdeModel",
+    "DriftMonitor",
     "PatchDFKDEDetector",
     "PatchDfkdeModel",
     "ScatteringFeatures",
@@ -37,6 +39,7 @@ _MODULES = {
     "Assessment": "_calibration",
     "DFKDEDetector": "_detector",
     "DfkdeModel": "_deploy.model",
+    "DriftMonitor": "_monitor",
     "PatchDFKDEDetector": "_patch_detector",
     "PatchDfkdeModel": "_deploy.position_model",
     "ScatteringFeatures": "_features.scattering",

@@ -25,6 +25,8 @@ from dfkde_sklearn._groups import group_numbers
 
 # What the parameter `confidence` may be.
 CONFIDENCE: list[Any] = [Interval(Real, 0, 1, closed="neither"), None]
+# P-values are multiples of 1 / (N + 1), and often lie exactly at a limit, but for rounding.
+_ROUNDING = 1e-9
 
 
 class Assessment(NamedTuple):
@@ -335,10 +337,10 @@ class CalibratedOutlierMixin(OutlierMixin):
         validate_parameter_constraints({"fdr": [Interval(Real, 0, 1, closed="neither")]}, {"fdr": fdr}, "select")
         n_calibrated = len(np.unique(self.calibration_groups_))
         smallest = 1.0 / (1.0 + n_calibrated)
-        if smallest > fdr:
+        if smallest > fdr * (1 + _ROUNDING):
             raise ValueError(
                 f"fdr={fdr} with {n_calibrated} calibration scores, or groups: the smallest p-value is {smallest:.3g}, "
-                f"so that nothing can be pulled out. Fit on at least {math.ceil(1 / fdr) - 1}, or allow a larger fdr."
+                f"so that nothing can be pulled out. Fit on at least {_n_for_one_of(1, fdr)}, or allow a larger fdr."
             )
 
     def _selected(self, scores: NDArray[np.floating], fdr: float, groups: Any = None) -> NDArray[np.bool_]:
@@ -347,18 +349,18 @@ class CalibratedOutlierMixin(OutlierMixin):
         smallest = 1.0 / (1.0 + n_calibrated)
         if groups is None:
             p_values = conformal_p_values(scores, self.calibration_scores_, self.calibration_groups_)
-            selected = false_discovery_control(p_values) <= fdr
+            selected = _discovered(p_values, fdr)
         else:
             numbers = group_numbers(groups, len(scores))
             lowest = lowest_of_groups(self.calibration_scores_, self.calibration_groups_)
             p_values = conformal_p_values(lowest_of_groups(scores, numbers), lowest)
-            selected = (false_discovery_control(p_values) <= fdr)[np.unique(numbers, return_inverse=True)[1]]
-        n_extreme, n_needed = int((p_values <= smallest).sum()), math.ceil(len(p_values) * smallest / fdr)
+            selected = _discovered(p_values, fdr)[np.unique(numbers, return_inverse=True)[1]]
+        n_extreme, n_needed = int((p_values <= smallest).sum()), math.ceil(len(p_values) * smallest / fdr - _ROUNDING)
         if n_extreme and not selected.any():
             warnings.warn(
                 f"{n_extreme} of {len(p_values)} score lower than all {n_calibrated} calibration scores, and none is "
                 f"pulled out: with fdr={fdr} and so few calibration scores, at least {n_needed} of them must. Fit on "
-                f"more good images ({math.ceil(len(p_values) / fdr) - 1} for one of {len(p_values)}), or select from "
+                f"more good images ({_n_for_one_of(len(p_values), fdr)} for one of {len(p_values)}), or select from "
                 "smaller batches.",
                 UserWarning,
                 stacklevel=3,
@@ -441,6 +443,16 @@ def lowest_of_groups(scores: NDArray[np.floating], groups: NDArray[np.int64]) ->
     lowest = np.full(len(numbers), np.inf, scores.dtype)
     np.minimum.at(lowest, of_score, scores)
     return lowest
+
+
+def _discovered(p_values: NDArray[np.float64], fdr: float) -> NDArray[np.bool_]:
+    """Return which of the hypotheses of p-values (n,) are rejected by the procedure of Benjamini and Hochberg."""
+    return np.asarray(false_discovery_control(p_values) <= fdr * (1 + _ROUNDING))
+
+
+def _n_for_one_of(n_parts: int, fdr: float) -> int:
+    """Return how many calibration scores let a single one of some parts be pulled out."""
+    return math.ceil(n_parts / fdr - _ROUNDING) - 1
 
 
 def threshold_at_rate(calibration_scores: NDArray[np.floating], rate: float) -> float:

@@ -1,5 +1,6 @@
 """What follows from scores alone, against plain formulas; one pass for all answers."""
 
+import math
 import re
 from itertools import pairwise
 
@@ -476,6 +477,20 @@ def test_a_batch_too_large_for_the_calibration_scores_is_a_warning_that_says_how
     scores[:20] = -1.0
     np.testing.assert_array_equal(detector._selected(scores, 0.1), np.arange(200) < 20)
     assert calibrated(np.linspace(0, 1, 1999))._selected(np.r_[-1.0, np.full(199, 0.5)], 0.1).sum() == 1
+
+
+@pytest.mark.parametrize("fdr", [0.05, 0.1, 0.15, 0.3])
+def test_as_many_calibration_scores_as_are_said_to_be_needed_are_enough(fdr):
+    for n in range(1, 120):
+        n_needed = math.ceil(n / fdr - 1e-9) - 1
+        if n_needed < 1:
+            continue
+        detector = calibrated(np.linspace(0, 1, n_needed))
+        assert detector._selected(np.r_[-1.0, np.full(n - 1, 0.5)], fdr)[0]
+        if n_needed > 1 and 1 / n_needed <= fdr:
+            detector = calibrated(np.linspace(0, 1, n_needed - 1))
+            with pytest.warns(UserWarning, match=rf"\({n_needed} for one of {n}\)"):
+                assert not detector._selected(np.r_[-1.0, np.full(n - 1, 0.5)], fdr).any()
 
 
 def test_a_batch_of_one_or_of_constant_scores_is_selected_from():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
+from dfkde_sklearn import Assessment, DFKDEDetector, DriftMonitor, PatchDFKDEDetector
 from dfkde_sklearn._cli.arguments import add_output_arguments, weights_advice
 from dfkde_sklearn._cli.exit_codes import DONE, FAILED, NOT_ALL_NORMAL
 from dfkde_sklearn._cli.files import check_new, check_png, image_paths, png, write_new
@@ -79,6 +79,13 @@ def add_parser(commands: Any) -> None:
         "--csv", type=Path, metavar="FILE", help="also write the table to a CSV file; - prints it as CSV instead"
     )
     command.add_argument(
+        "--monitor",
+        type=Path,
+        metavar="FILE",
+        help="keep in this file, from run to run, whether the images, in the order in which they are given, still look "
+        "like the training images; it is made if it does not exist. An alarm is printed, and --exit-code counts it",
+    )
+    command.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
     )
     command.add_argument(
@@ -126,6 +133,7 @@ def run(options: argparse.Namespace) -> int:
             )
         if options.fdr is not None:
             detector._check_fdr(options.fdr)
+        monitor = _monitor(options.monitor, detector)
         say(options, f"Scoring {len(paths)} images")
         assessment, grid_maps, broken = _assess(detector, paths, options.skip_broken)
     if options.fdr is not None:
@@ -156,6 +164,8 @@ def run(options: argparse.Namespace) -> int:
         options.maps.mkdir(parents=True, exist_ok=True)
         for path, of_image in shown.items():
             outputs += zip(map_files[path], (of_image.overlay, of_image.mask), strict=False)
+    if monitor is not None:
+        monitor.update_scores(assessment.log_density)
     for path, content in outputs:
         try:
             if path is not None:
@@ -163,6 +173,12 @@ def run(options: argparse.Namespace) -> int:
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
+            print_message(f"dfkde score: error: {one_line(error)}")
+            failed = True
+    if monitor is not None:
+        try:
+            monitor.save(options.monitor)
+        except OSError as error:
             print_message(f"dfkde score: error: {one_line(error)}")
             failed = True
     if options.csv == STDOUT:
@@ -173,10 +189,13 @@ def run(options: argparse.Namespace) -> int:
             ("path", "score", "P(anomalous)", "p-value", "verdict"),
             [(row.path, *numbers(row.score, row.p_anomalous, row.p_value), row.verdict) for row in table],
         )
+    if monitor is not None:
+        print_message(f"dfkde score: {monitor.describe()}")
     say(options, summary + (f" {len(broken)} could not be read." if broken else ""))
     if failed:
         return FAILED
-    return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken) else DONE
+    is_alarm = monitor is not None and monitor.alarm_ is not None
+    return NOT_ALL_NORMAL if options.exit_code and (n_anomalous or broken or is_alarm) else DONE
 
 
 class _ShownMap:
@@ -201,6 +220,16 @@ class _ShownMap:
 
     def _of_shape(self, shape: tuple[int, int]) -> NDArray[np.floating]:
         return next(image_maps(self.of_grid[None], [shape]))
+
+
+def _monitor(path: Path | None, detector: DFKDEDetector | PatchDFKDEDetector) -> DriftMonitor | None:
+    """Return the monitor in a file, or a new one where there is no such file."""
+    if path is None:
+        return None
+    if path.exists():
+        return DriftMonitor.load(path, detector)
+    check_new(path, force=False)
+    return DriftMonitor(detector)
 
 
 def _map_files(options: argparse.Namespace, paths: list[str]) -> dict[str, list[Path]]:

@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
-from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, TimmFeatures
+from dfkde_sklearn import DFKDEDetector, DriftMonitor, PatchDFKDEDetector, TimmFeatures
 from dfkde_sklearn._cli.arguments import detector_parameters
 from dfkde_sklearn._cli.main import main, parser
 from dfkde_sklearn._density.scoring import FeatureDensity
@@ -241,6 +241,25 @@ def test_the_exit_code_reports_anomalies_if_asked_to(fitted, textures, tmp_path)
     verdicts = {row["verdict"]: row["path"] for row in rows_of(tmp_path / "table.csv")}
     assert run("score", fitted, *verdicts.values(), "--exit-code") == 1
     assert run("score", fitted, verdicts["normal"], "--exit-code") == 0
+
+
+def test_a_monitor_is_kept_from_run_to_run(fitted, textures, tmp_path, capsys):
+    good = sorted((textures / "test" / "good").iterdir())
+    bad = sorted((textures / "test" / "hole").iterdir())
+    arguments = ("--monitor", tmp_path / "monitor.json", "--quiet")
+    assert run("score", fitted, *good[:12], *arguments) == 0
+    assert "No drift in 12 parts" in capsys.readouterr().err
+    assert run("score", fitted, *good[12:], *arguments) == 0
+    assert "No drift in 20 parts" in capsys.readouterr().err
+    for _ in range(3):
+        assert run("score", fitted, *bad, *arguments) == 0
+    assert "Alarm: since about part" in capsys.readouterr().err
+    assert run("score", fitted, *good[:1], "--exit-code", *arguments) == 1
+    detector = DFKDEDetector.load(fitted)
+    expected = DriftMonitor(detector)
+    for images in (good[:12], good[12:], bad, bad, bad, good[:1]):
+        expected.update(images)
+    assert DriftMonitor.load(tmp_path / "monitor.json", detector).history_ == expected.history_
 
 
 # Backbones
@@ -659,6 +678,8 @@ MISTAKES = {
     "score {model} {images} --maps maps": "is a pooled detector, which has no maps",
     "score {model} {images} --fdr 5": "'fdr' parameter of select must be a float in the range",
     "score {model} {images} --fdr 0.001": "fdr=0.001 with 60 calibration scores",
+    "score {model} {images} --monitor {odd}/text": "is not a file of DriftMonitor.save, or it is damaged",
+    "score {model} {images} --monitor no/where": "there is no folder no",
     "score {model} {images} --masks": "Give --maps FOLDER too",
     "fit {images} --features scattering --device tpu9": "device='tpu9'",
     "fit {images} --features scattering --device meta": "device='meta'. Allowed: 'cpu', 'cuda'",
