@@ -53,7 +53,7 @@ class DriftMonitor:
     detector : DFKDEDetector or PatchDFKDEDetector
         Fitted. The monitor keeps a reference to it, and its calibration scores.
     average_run_length : int, default=100000
-        While nothing changes, there is an alarm in t parts with a probability of at most t / `average_run_length`.
+        While nothing changes, the first alarm comes after at least so many parts, on average.
     random_state : int, default=0
         Seed of the numbers that decide between equal scores.
 
@@ -80,12 +80,14 @@ class DriftMonitor:
     there are. A bet multiplies its stake by the ratio of two densities of the p-value: what it is if things have
     changed in a certain way, and 1. The evidence is the mean over several bets of their Shiryaev-Roberts statistics,
     which take up a new stake with each part, so that a change is found whenever it comes. It exceeds a limit in t parts
-    with a probability of at most t over that limit [2]_.
+    with a probability of at most t over that limit [2]_. This is proved for the first alarm; after a `reset`, it was
+    measured.
 
-    There are three groups of bets, each with a limit of three times `average_run_length`: that the bulk, the p-values
+    There are three groups of bets, each with a limit of six times `average_run_length`: that the bulk, the p-values
     above 0.05, is lower than before; that the rate of those up to 0.05 is higher; and that the bulk is higher, or
     varies more or less. Calibration scores are out-of-fold scores, which may be a little lower than those of new parts:
-    the first two bet against that. The third would find it, and therefore goes by p-values among the parts alone.
+    the first two bet on the opposite. The third would find it, and therefore goes by p-values among the parts alone:
+    parts that are higher, or vary differently, from the very first on are not found.
 
     The rate of low p-values rises where all parts score lower too: an alarm is about the bulk if, of the last parts
     since the change, up to 400, more than half are in the tail, or the others are not uniform by a Kolmogorov-Smirnov
@@ -363,7 +365,9 @@ class DriftMonitor:
 
     @property
     def _limit(self) -> float:
-        return float(_N_GROUPS * self.average_run_length)
+        # An alarm in t parts has a probability of at most t times the number of groups over this: on average, the first
+        # then comes after at least this over twice that number.
+        return float(2 * _N_GROUPS * self.average_run_length)
 
     def _bulk_has_moved(self) -> bool:
         """Return whether the last parts since the change are mostly in the tail, or the others are not uniform."""

@@ -83,7 +83,8 @@ def add_parser(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="keep in this file, from run to run, whether the images, in the order in which they are given, still look "
-        "like the training images; it is made if it does not exist. An alarm is printed, and --exit-code counts it",
+        "like the training images; it is made if it does not exist. An alarm is printed, and --exit-code counts it. "
+        "Each image counts as a part of its own",
     )
     command.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
@@ -164,8 +165,6 @@ def run(options: argparse.Namespace) -> int:
         options.maps.mkdir(parents=True, exist_ok=True)
         for path, of_image in shown.items():
             outputs += zip(map_files[path], (of_image.overlay, of_image.mask), strict=False)
-    if monitor is not None:
-        monitor.update_scores(assessment.log_density)
     for path, content in outputs:
         try:
             if path is not None:
@@ -176,6 +175,9 @@ def run(options: argparse.Namespace) -> int:
             print_message(f"dfkde score: error: {one_line(error)}")
             failed = True
     if monitor is not None:
+        monitor.update_scores(assessment.log_density)
+    # After a run that failed, and will be repeated, its images are not counted.
+    if monitor is not None and not failed:
         try:
             monitor.save(options.monitor)
         except OSError as error:

@@ -243,7 +243,7 @@ def test_the_exit_code_reports_anomalies_if_asked_to(fitted, textures, tmp_path)
     assert run("score", fitted, verdicts["normal"], "--exit-code") == 0
 
 
-def test_a_monitor_is_kept_from_run_to_run(fitted, textures, tmp_path, capsys):
+def test_a_monitor_is_kept_from_run_to_run(fitted, textures, tmp_path, monkeypatch, capsys):
     good = sorted((textures / "test" / "good").iterdir())
     bad = sorted((textures / "test" / "hole").iterdir())
     arguments = ("--monitor", tmp_path / "monitor.json", "--quiet")
@@ -255,6 +255,14 @@ def test_a_monitor_is_kept_from_run_to_run(fitted, textures, tmp_path, capsys):
         assert run("score", fitted, *bad, *arguments) == 0
     assert "Alarm: since about part" in capsys.readouterr().err
     assert run("score", fitted, *good[:1], "--exit-code", *arguments) == 1
+
+    # A run that fails is repeated, and counts once.
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dfkde_sklearn._cli.score.write_new", full)
+        assert run("score", fitted, *good[:1], "--csv", tmp_path / "table.csv", *arguments) == 2
     detector = DFKDEDetector.load(fitted)
     expected = DriftMonitor(detector)
     for images in (good[:12], good[12:], bad, bad, bad, good[:1]):
