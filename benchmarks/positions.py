@@ -287,13 +287,7 @@ def row(
         test = np.concatenate([good, defective])
         result = method(maps[train], images.groups[train], maps[test])
         good_scores, defect_scores = result.scores[: len(good)], result.scores[len(good) :]
-        found = {
-            "image AUROC": auroc(-good_scores, -defect_scores),
-            "false alarms": float(np.mean(good_scores < result.threshold)),
-            "found": float(np.mean(defect_scores < result.threshold)),
-            # What could be found with a threshold that the good test images themselves set.
-            "found at 5 %": float(np.mean(defect_scores < threshold_at_rate(good_scores, RATE))),
-        }
+        found = figures_of_scores(good_scores, defect_scores, result.threshold)
         if masks is not None and result.maps is not None:
             shapes = [size_of(str(images.paths[i])) for i in test]
             anomaly_maps = list(image_maps(result.maps.reshape(-1, *maps.shape[1:3]), shapes))
@@ -303,6 +297,19 @@ def row(
         for name, figure in found.items():
             figures.setdefault(name, []).append(figure)
     return {name: np.array(of_splits) for name, of_splits in figures.items()}
+
+
+def figures_of_scores(
+    good: NDArray[np.floating], defective: NDArray[np.floating], threshold: float
+) -> dict[str, float]:
+    """Return the figures that follow from scores of good and of defective test images, and a threshold."""
+    return {
+        "image AUROC": auroc(-good, -defective),
+        "false alarms": float(np.mean(good < threshold)),
+        "found": float(np.mean(defective < threshold)),
+        # What could be found with a threshold that the good test images themselves set.
+        "found at 5 %": float(np.mean(defective < threshold_at_rate(good, RATE))),
+    }
 
 
 def shown(figures: dict[str, NDArray[np.float64]]) -> dict[str, str]:

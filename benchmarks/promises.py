@@ -38,7 +38,7 @@ from scipy.stats import betabinom, binom
 from threadpoolctl import threadpool_limits
 
 from dfkde_sklearn import DFKDEDetector, TimmFeatures
-from dfkde_sklearn._calibration import conditional_p_values
+from dfkde_sklearn._calibration import conditional_p_values, threshold_at_rate
 
 TARGET_FPR, CONFIDENCE = 0.05, 0.9
 SIZES = (60, 100, 209, 391, 1000)
@@ -121,7 +121,7 @@ def answers(draw: Draw, n: int, n_detectors: int) -> list[dict[str, float]]:
         train, held_out, anomalous = draw(n, seed)
         detector = DFKDEDetector(features=None, target_fpr=TARGET_FPR, confidence=CONFIDENCE).fit(train)
         good, bad = detector.score_samples(held_out), detector.score_samples(anomalous)
-        average = average_threshold(detector, TARGET_FPR)
+        average = threshold_at_rate(detector.calibration_scores_, TARGET_FPR)
         alarms, confident_alarms = float((good < average).mean()), float((good < detector.offset_).mean())
         runs.append(
             {
@@ -150,11 +150,6 @@ def p_values_above(n: int, n_held_out: int) -> float:
     """Return the probability of that for independent scores, by simulation."""
     rng = np.random.default_rng(0)
     return float(np.mean([any_share_above(rng.uniform(size=n_held_out), rng.uniform(size=n)) for _ in range(400)]))
-
-
-def average_threshold(detector: Any, rate: float) -> float:
-    """Return the threshold of confidence=None, without another fit."""
-    return float(np.quantile(detector.calibration_scores_.astype(float), rate, method="median_unbiased"))
 
 
 @cache
@@ -235,7 +230,7 @@ def shares_of_split(
         detector = make(features=None, target_fpr=rate, confidence=CONFIDENCE)
         detector.fit(features[train], groups=images.groups[train] if groups == "groups" else None)
         good, bad = (detector.assess(features[places]) for places in (held_out, images.is_defect))
-        average = average_threshold(detector, rate)
+        average = threshold_at_rate(detector.calibration_scores_, rate)
         answers = {
             "average": (good.log_density < average, bad.log_density < average),
             "confidence 0.9": (good.label == -1, bad.label == -1),

@@ -11,14 +11,12 @@ of which one may have a defect: small defects in large images. Prints the table,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from positions import RATE, detector, masks_of, row, shown, split_by_group
+from positions import detector, figures_of_scores, masks_of, row, shown, split_by_group
 from real_data import (
-    auroc,
     check_claims,
     load_images,
     mobilenet,
@@ -30,11 +28,10 @@ from real_data import (
 )
 
 from dfkde_sklearn import PatchDFKDEDetector, TimmFeatures
-from dfkde_sklearn._calibration import threshold_at_rate
 from dfkde_sklearn.datasets import make_textures
 from dfkde_sklearn.metrics import aupro
 
-# How images are seen, and how many times the passes of the first that takes.
+# How images are seen.
 SETTINGS: dict[str, dict[str, Any]] = {
     "224": {},
     "320": {"image_size": 320},
@@ -70,7 +67,8 @@ def main() -> None:
     for name, folder in {"magnetic tiles": options.tiles, "solar cells": options.elpv}.items():
         if folder is None:
             continue
-        images, masks = load_images(folder), masks_of(folder, load_images(folder))
+        images = load_images(folder)
+        masks = masks_of(folder, images)
         splits = [split_by_group(images, n_images, seed) for seed in range(n_splits)]
         for size, setting in settings.items():
             maps = features(setting).fit_transform(images.paths.tolist())
@@ -81,7 +79,7 @@ def main() -> None:
     for material in MATERIALS:
         data = mosaics(material, n_mosaics)
         for size, setting in settings.items():
-            table[f"{material}, {size}"] = of_mosaics(data, lambda setting=setting: features(setting))
+            table[f"{material}, {size}"] = of_mosaics(data, features(setting))
         if not options.quick:
             whole, tiled = (table[f"{material}, {size}"] for size in ("224", "448, tiles of 224"))
             gain = {column: float(tiled[column]) - float(whole[column]) for column in ("image AUROC", "AUPRO")}
@@ -125,19 +123,13 @@ def joined(pieces: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return grid.transpose(0, 1, 3, 2, 4).reshape(-1, PIECES * SIDE, PIECES * SIDE).copy()
 
 
-def of_mosaics(data: Mosaics, features: Callable[[], TimmFeatures]) -> dict[str, float | str]:
+def of_mosaics(data: Mosaics, features: TimmFeatures) -> dict[str, float | str]:
     """Return the figures of the default detector."""
-    fitted = PatchDFKDEDetector(features()).fit(data.train)
+    fitted = PatchDFKDEDetector(features).fit(data.train)
     assessment, maps = fitted.assess_with_maps(data.test)
     is_defect = np.array([mask is not None for mask in data.masks])
     good, bad = assessment.log_density[~is_defect], assessment.log_density[is_defect]
-    figures = {
-        "image AUROC": auroc(-good, -bad),
-        "AUPRO": aupro(data.masks, list(maps)),
-        "false alarms": float(np.mean(good < fitted.offset_)),
-        "found": float(np.mean(bad < fitted.offset_)),
-        "found at 5 %": float(np.mean(bad < threshold_at_rate(good, RATE))),
-    }
+    figures = figures_of_scores(good, bad, fitted.offset_) | {"AUPRO": aupro(data.masks, list(maps))}
     return {column: f"{figures[column]:.3f}" for column in COLUMNS}
 
 

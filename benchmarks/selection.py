@@ -31,12 +31,12 @@ from real_data import (
     print_versions,
     split,
 )
-from scipy.stats import false_discovery_control, genpareto
+from scipy.stats import genpareto
 from sklearn.ensemble import IsolationForest
 from threadpoolctl import threadpool_limits
 
 from dfkde_sklearn import DFKDEDetector
-from dfkde_sklearn._calibration import conformal_p_values
+from dfkde_sklearn._calibration import conformal_p_values, discovered
 
 RATES = (0.05, 0.1, 0.2)
 # Anomalous rows of a batch, for each normal one.
@@ -122,9 +122,9 @@ def realised(batches: list[Batch]) -> dict[str, dict[float, tuple[NDArray[np.flo
     for batch in batches:
         is_anomalous = np.arange(len(batch.rows)) >= len(batch.rows) - batch.n_anomalous
         for name, method in methods.items():
-            adjusted = false_discovery_control(method(batch.train, batch.rows))
+            p_values = method(batch.train, batch.rows)
             for rate in RATES:
-                selected = adjusted <= rate
+                selected = discovered(p_values, rate)
                 wrong = float((selected & ~is_anomalous).sum() / max(1, selected.sum()))
                 found[name][rate].append((wrong, float(selected[is_anomalous].mean())))
     return {

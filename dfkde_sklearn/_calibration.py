@@ -335,26 +335,29 @@ class CalibratedOutlierMixin(OutlierMixin):
     def _check_fdr(self, fdr: float) -> None:
         """Raise a ValueError if no batch can be selected from with this false discovery rate."""
         validate_parameter_constraints({"fdr": [Interval(Real, 0, 1, closed="neither")]}, {"fdr": fdr}, "select")
-        n_calibrated = len(np.unique(self.calibration_groups_))
-        smallest = 1.0 / (1.0 + n_calibrated)
+        n_calibrated, smallest = self._resolution()
         if smallest > fdr * (1 + _ROUNDING):
             raise ValueError(
                 f"fdr={fdr} with {n_calibrated} calibration scores, or groups: the smallest p-value is {smallest:.3g}, "
                 f"so that nothing can be pulled out. Fit on at least {_n_for_one_of(1, fdr)}, or allow a larger fdr."
             )
 
+    def _resolution(self) -> tuple[int, float]:
+        """Return the number of calibration scores, or of their groups, and the smallest p-value."""
+        n_calibrated = len(np.unique(self.calibration_groups_))
+        return n_calibrated, 1.0 / (1.0 + n_calibrated)
+
     def _selected(self, scores: NDArray[np.floating], fdr: float, groups: Any = None) -> NDArray[np.bool_]:
         """Return which of the scores (n,) `select` pulls out."""
-        n_calibrated = len(np.unique(self.calibration_groups_))
-        smallest = 1.0 / (1.0 + n_calibrated)
+        n_calibrated, smallest = self._resolution()
         if groups is None:
             p_values = conformal_p_values(scores, self.calibration_scores_, self.calibration_groups_)
-            selected = _discovered(p_values, fdr)
+            selected = discovered(p_values, fdr)
         else:
             numbers = group_numbers(groups, len(scores))
             lowest = lowest_of_groups(self.calibration_scores_, self.calibration_groups_)
             p_values = conformal_p_values(lowest_of_groups(scores, numbers), lowest)
-            selected = _discovered(p_values, fdr)[np.unique(numbers, return_inverse=True)[1]]
+            selected = discovered(p_values, fdr)[np.unique(numbers, return_inverse=True)[1]]
         n_extreme, n_needed = int((p_values <= smallest).sum()), math.ceil(len(p_values) * smallest / fdr - _ROUNDING)
         if n_extreme and not selected.any():
             warnings.warn(
@@ -445,7 +448,7 @@ def lowest_of_groups(scores: NDArray[np.floating], groups: NDArray[np.int64]) ->
     return lowest
 
 
-def _discovered(p_values: NDArray[np.float64], fdr: float) -> NDArray[np.bool_]:
+def discovered(p_values: NDArray[np.float64], fdr: float) -> NDArray[np.bool_]:
     """Return which of the hypotheses of p-values (n,) are rejected by the procedure of Benjamini and Hochberg."""
     return np.asarray(false_discovery_control(p_values) <= fdr * (1 + _ROUNDING))
 
