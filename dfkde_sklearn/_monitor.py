@@ -36,7 +36,7 @@ _SPREADS = np.array([-0.5, 0.5])
 _RATES = np.array([0.075, 0.1, 0.2, 0.4])
 # The bets by what they are on: a lower bulk, the tail, and another bulk. Each group has its share of the false alarms.
 _GROUPS = np.cumsum([len(_LOWER), len(_RATES)])
-_N_GROUPS = 3
+_N_GROUPS = len(_GROUPS) + 1
 # Parts that the description is about.
 _RECENT = 400
 
@@ -53,7 +53,7 @@ class DriftMonitor:
     detector : DFKDEDetector or PatchDFKDEDetector
         Fitted. The monitor keeps a reference to it, and its calibration scores.
     average_run_length : int, default=100000
-        While nothing changes, the first alarm comes after at least so many parts, on average.
+        While nothing changes, the first alarm comes after at least this number of parts, on average.
     random_state : int, default=0
         Seed of the numbers that decide between equal scores.
 

@@ -104,6 +104,11 @@ def add_run_arguments(group: Any) -> None:
 def add_output_arguments(command: argparse.ArgumentParser) -> None:
     """Add --force and --quiet."""
     command.add_argument("--force", action="store_true", help="overwrite files that exist; by default this is an error")
+    add_quiet_argument(command)
+
+
+def add_quiet_argument(command: argparse.ArgumentParser) -> None:
+    """Add --quiet."""
     command.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 

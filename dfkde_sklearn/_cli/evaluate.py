@@ -8,9 +8,9 @@ from typing import Any
 
 from sklearn.utils import Bunch
 
-from dfkde_sklearn._cli.arguments import weights_advice
+from dfkde_sklearn._cli.arguments import add_quiet_argument, weights_advice
 from dfkde_sklearn._cli.exit_codes import DONE
-from dfkde_sklearn._cli.models import add_extractor_arguments, add_model_argument, loaded_detector
+from dfkde_sklearn._cli.models import WEIGHTS_OF_MODEL, add_extractor_arguments, add_model_argument, loaded_detector
 from dfkde_sklearn._cli.output import print_facts, say
 from dfkde_sklearn._cli.summary import detector_facts, print_evaluation
 from dfkde_sklearn.datasets._mvtec import NORMAL, load_test_folder
@@ -33,13 +33,13 @@ def add_parser(commands: Any) -> None:
         "such a folder called test, and beside it masks in ground_truth, as in MVTec AD",
     )
     add_extractor_arguments(command)
-    command.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    add_quiet_argument(command)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     test = _labelled(options.folder)
-    with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
+    with weights_advice(WEIGHTS_OF_MODEL):
         detector = loaded_detector(options)
         say(options, f"Scoring {len(test.X_test)} images")
         print_facts({"Model": str(options.model)} | detector_facts(detector))

@@ -17,8 +17,8 @@ def add_parser(commands: Any) -> None:
     """Add the command and its arguments."""
     command = commands.add_parser(
         "info",
-        help="tell what a model file holds",
-        description="Tell what a model file holds: the detector and its settings, the feature extractor, and the "
+        help="describe a model file",
+        description="Describe a model file: the detector and its settings, the feature extractor, and the "
         "versions that wrote it. Checks the file's SHA-256, and needs no weights of the network.",
     )
     add_model_argument(command)

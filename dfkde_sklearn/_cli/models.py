@@ -16,6 +16,9 @@ from dfkde_sklearn._deploy.saved import saved_class
 # which may have the same first bytes, but never as large a third one.
 _PICKLE, _PROTOCOLS, _LEAST_OPCODE = 0x80, range(2, 6), 0x20
 
+# For `weights_advice`.
+WEIGHTS_OF_MODEL = "On the command line: --weights FILE, the file that the model was fitted with."
+
 _Content = TypeVar("_Content")
 
 

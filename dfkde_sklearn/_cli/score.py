@@ -19,7 +19,7 @@ from dfkde_sklearn import Assessment, DFKDEDetector, DriftMonitor, PatchDFKDEDet
 from dfkde_sklearn._cli.arguments import add_output_arguments, weights_advice
 from dfkde_sklearn._cli.exit_codes import DONE, FAILED, NOT_ALL_NORMAL
 from dfkde_sklearn._cli.files import check_new, check_png, image_paths, png, write_new
-from dfkde_sklearn._cli.models import add_extractor_arguments, add_model_argument, loaded_detector
+from dfkde_sklearn._cli.models import WEIGHTS_OF_MODEL, add_extractor_arguments, add_model_argument, loaded_detector
 from dfkde_sklearn._cli.output import (
     numbers,
     one_line,
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     # A file that two arguments name is scored once.
     paths = list(dict.fromkeys(path for images in options.images for path in image_paths(images)))
     map_files = _map_files(options, paths)
-    with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
+    with weights_advice(WEIGHTS_OF_MODEL):
         detector = loaded_detector(options)
         if options.maps is not None and not isinstance(detector, PatchDFKDEDetector):
             raise ValueError(
