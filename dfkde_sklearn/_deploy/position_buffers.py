@@ -100,11 +100,14 @@ class PositionBuffers(StateBuffers):
         whitened = (vectors - self.mean).transpose(0, 1) @ self.whitening.double() / self.bandwidth
         kernels = self.kernel_centers.double() / self.bandwidth
         products = whitened @ kernels.transpose(1, 2) - kernels.square().sum(2)[:, None] / 2
+        # Images first from here on: OpenVINO 2026.4 adds a constant of each position to other elements where positions
+        # are the first axis of a reduction.
+        whitened, products = whitened.transpose(0, 1), products.transpose(0, 1)
         log_sums = torch.logsumexp(products, 2) - whitened.square().sum(2) / 2
         # A tensor, since exporters round Python's floats to float32.
         constant = math.log(m) + n_channels * math.log(math.tau) / 2
         log_count = torch.tensor(constant, dtype=torch.float64, device=self.mean.device)
-        return (log_sums + (self.log_volumes - n_channels * self.bandwidth.log() - log_count)[:, None]).T
+        return log_sums + (self.log_volumes - n_channels * self.bandwidth.log() - log_count)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

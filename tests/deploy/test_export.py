@@ -8,7 +8,7 @@ import torch
 from scipy.stats import gaussian_kde
 from sklearn.preprocessing import FunctionTransformer
 
-from dfkde_sklearn import DFKDEDetector, ScatteringFeatures, TimmFeatures
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures, TimmFeatures
 from dfkde_sklearn._deploy.preprocessing import Preprocessing
 
 
@@ -216,6 +216,16 @@ def test_openvino_of_features_is_the_detector_far_outliers_included(parameters, 
     detector = DFKDEDetector(**{"n_components": 5} | parameters).fit(rows(80, dtype=dtype))
     new = far_rows(17, 17, dtype)
     assert_same(openvino_outputs(detector, tmp_path / "model.onnx", new), detector, new, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("density", ["kernel", "gaussian"])
+@pytest.mark.parametrize("normalization", [0.0, 0.5])
+def test_openvino_of_densities_at_positions_is_the_detector(normalization, density, tmp_path):
+    """A constant of each position was added to other elements where positions were the first axis of a reduction."""
+    features = np.random.default_rng(0).normal(size=(47, 5, 4, 6)) * np.arange(1, 5)[:, None]
+    detector = PatchDFKDEDetector(None, normalization=normalization, density=density).fit(features[:30])
+    outputs = openvino_outputs(detector, tmp_path / "model.onnx", features[30:])
+    assert_same(outputs, detector, features[30:], 1e-4, 1e-4)
 
 
 def test_openvino_resizes_to_a_grey_level(detector, tmp_path):
