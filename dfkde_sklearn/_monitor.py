@@ -309,8 +309,14 @@ class DriftMonitor:
             )
         return monitor
 
-    def plot(self) -> Figure:
+    def plot(self, figure: Figure | None = None) -> Figure:
         """Draw the evidence, and the rate of low p-values, update by update.
+
+        Parameters
+        ----------
+        figure : matplotlib.figure.Figure, default=None
+            Empty, to draw into, such as one of ``matplotlib.pyplot.figure()``. None: a new one, which pyplot does not
+            keep open.
 
         Returns
         -------
@@ -326,7 +332,7 @@ class DriftMonitor:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("DriftMonitor.plot needs matplotlib: pip install 'dfkde-sklearn[plot]'.") from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = figure or Figure(figsize=(7, 4.5), layout="constrained")
         above, below = figure.subplots(2, sharex=True)
         n, bulk, tail, low, median = np.array(self.history_ or [(0, 0.0, 0.0, np.nan, np.nan)]).T
         above.semilogy(n, np.maximum(bulk, 1e-6), label="bulk")

@@ -78,9 +78,9 @@ doctest_default_flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "auto_examples",
-    "within_subsection_order": "FileNameSortKey",
     "subsection_order": ["examples/first_steps", "examples/choosing", "examples/moving"],
     "download_all_examples": False,
+    "default_thumb_file": str(Path(__file__).parent / "_static" / "demo.png"),
     "show_signature": False,
     "min_reported_time": float("inf"),
     "abort_on_example_error": True,

@@ -242,3 +242,8 @@ def test_the_picture_shows_the_evidence_and_the_rates():
     above, below = monitor.plot().axes
     np.testing.assert_allclose(above.lines[0].get_xdata(), [40, 80, 120, 160, 200])
     np.testing.assert_allclose(below.lines[0].get_ydata(), [of_update[3] for of_update in monitor.history_])
+    from matplotlib.figure import Figure
+
+    given = Figure()
+    assert monitor.plot(given) is given
+    assert len(given.axes) == 2

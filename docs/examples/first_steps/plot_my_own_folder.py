@@ -104,5 +104,4 @@ print(monitor.describe())
 
 # %%
 
-monitor.plot()
-plt.show()
+monitor.plot(plt.figure(figsize=(8, 4.5), layout="constrained"))

@@ -21,8 +21,7 @@ as_tensors = {
     for name, images in (("train", data.X_train), ("test", data.X_test))
 }
 torch.manual_seed(0)
-model = DfkdeModel(["layer1", "layer2"], "resnet18", pre_trained=False, n_comps=8)
-model.eval()
+model = DfkdeModel(["layer1", "layer2"], "resnet18", pre_trained=False, n_comps=8).eval()
 
 # %%
 # As in the original: features of batches, one fit, then probabilities.
