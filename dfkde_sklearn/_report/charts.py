@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Units of the picture, which is scaled to the width that there is: small, so that text stays readable on a phone.
-WIDTH, HEIGHT = 420, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 42, 44
+WIDTH, HEIGHT = 420, 290
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 22, 56, 44
 _N_TICKS = 5
 _N_BINS = 36
 # In units of the range of the calibration scores: scores farther away are counted in the outermost bins.
@@ -107,7 +107,7 @@ def line_chart(description: str, x: Axis, y: Axis, series: Sequence[Series], mar
         beside, anchor = (-7, "end") if is_far else (7, "start")
         if mark.y is None:
             parts.append(f'<path class="mark" d="M{at_x} {_TOP}V{bottom}"/>')
-            parts.append(_text(mark.name, float(at_x) + beside, _TOP + 11, anchor, "mark"))
+            parts.append(_text(mark.name, float(at_x), _TOP - 5, "end" if is_far else "middle", "mark"))
         else:
             parts.append(f'<circle class="mark" cx="{at_x}" cy="{at_y}" r="4.5"/>')
             below = 17 if float(at_y) < (_TOP + bottom) / 2 else -9
@@ -209,5 +209,5 @@ def _legend(series: Sequence[Series]) -> list[str]:
         parts.append(f'<path class="line {line.style}" d="{shape}"/>')
         parts.append(_text(line.name, left + 27, 31, "start"))
         # No browser is here to measure the text: its letters are half as wide as high, on average.
-        left += 27 + 6.4 * len(line.name) + 14
+        left += 27 + 7 * len(line.name) + 14
     return parts

@@ -118,7 +118,7 @@ def promises(detector: CalibratedOutlierMixin) -> list[str]:
         return said
     said.append(
         f"Rates hold for new {'groups' if in_groups else 'images'} that are drawn as the training images were: "
-        "independently of each other, and from the same source. It says nothing about how many defects are found."
+        "independently of each other, and from the same source. They say nothing about how many defects are found."
     )
     return said
 

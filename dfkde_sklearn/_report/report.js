@@ -16,7 +16,7 @@
   };
   const verdictOf = (i) => data.verdicts[rows.verdict[i]];
   const verdictElement = (i) => element("span", { className: "verdict " + verdictOf(i) }, verdictOf(i));
-  const number = (value, digits) => (value === null ? "–" : Number(value.toPrecision(digits)).toString().replace("-", "−"));
+  const number = (value, digits) => (value === null ? "–" : Number(value.toPrecision(digits)).toString());
 
   for (const image of document.querySelectorAll("[data-picture]")) {
     const shown = data.large[image.dataset.picture];
@@ -53,6 +53,12 @@
     draw();
   };
 
+  const cell = (className, label, value) => {
+    const made = element("td", { className }, value);
+    made.dataset.label = label;
+    return made;
+  };
+
   const row = (i) => {
     const cells = [element("td", { className: "picture" })];
     if (i in data.small) {
@@ -65,9 +71,9 @@
     if (i in rows.reason) name.append(element("div", { className: "faint" }, rows.reason[i]));
     cells.push(name);
     if (rows.kind) cells.push(element("td", { className: "kind" }, rows.kind[i]));
-    cells.push(element("td", { className: "number" }, number(rows.score[i], 5)));
-    cells.push(element("td", { className: "number" }, number(rows.p_value[i], 3)));
-    cells.push(element("td", { className: "number probability" }, number(rows.p_anomalous[i], 3)));
+    cells.push(cell("number", "score", number(rows.score[i], 5)));
+    cells.push(cell("number", "p-value", number(rows.p_value[i], 3)));
+    cells.push(cell("number", "P(anomalous)", number(rows.p_anomalous[i], 3)));
     cells.push(element("td", {}, verdictElement(i)));
     return element("tr", {}, ...cells);
   };
