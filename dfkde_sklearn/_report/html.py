@@ -250,7 +250,6 @@ def _template() -> Any:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = percent
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.from_string(_resource("report.html.jinja"))
 
@@ -289,8 +288,7 @@ def _scored(
     verbose: bool,
 ) -> _Scored:
     """Read and score the images, and keep the pictures that are shown: of the others nothing is left in memory."""
-    small_bytes = min(_SMALL_BYTES, _ALL_SMALL_BYTES // min(len(images), _N_SMALL))
-    small_side = int(np.clip(_SMALL * (small_bytes / _SMALL_BYTES) ** 0.5, _SMALLEST, _SMALL))
+    small_side, small_bytes = _small_size(len(images))
     has_maps = _has_maps(detector)
     gallery = sections(detector.offset_, labelled=kinds is not None, n_most=_N_SHOWN)
     small: dict[int, str] = {}
@@ -321,12 +319,13 @@ def _scored(
                 for section in gallery:
                     section.offer(readable, candidates)
                 chosen = {i for section in gallery for i in section.indices()}
-                for i in chosen & views.keys():
-                    mask = None if masks is None else checked_mask(masks[i], images.shape(i), images.name(i))
-                    grid_map = None if grid_maps is None else grid_maps[readable.index(i)]
-                    shown = pictures(views[i], grid_map, mask, detector)
-                    large[i] = {name: encoded(picture, _LARGE_BYTES) for name, picture in shown.items()}
                 large = {i: shown for i, shown in large.items() if i in chosen}
+                for place, i in enumerate(readable):
+                    if i in chosen:
+                        mask = None if masks is None else checked_mask(masks[i], images.shape(i), images.name(i))
+                        grid_map = None if grid_maps is None else grid_maps[place]
+                        shown = pictures(views[i], grid_map, mask, detector)
+                        large[i] = {name: encoded(picture, _LARGE_BYTES) for name, picture in shown.items()}
                 if len(small) > _N_SMALL:
                     small = {i: small[i] for i in sorted(small, key=score_of.__getitem__)[:_N_SMALL]}
             progress.update(len(block))
@@ -334,6 +333,12 @@ def _scored(
     # Without any, the caller raises an error.
     nothing = Assessment(*(np.empty(0),) * 3, np.empty(0, np.int64))
     return _Scored(list(score_of), merged or nothing, broken, small, large, gallery)
+
+
+def _small_size(n_images: int) -> tuple[int, int]:
+    """Return the longest side in pixels, and the most bytes, of a picture in the table: all of them have a budget."""
+    n_bytes = min(_SMALL_BYTES, _ALL_SMALL_BYTES // min(n_images, _N_SMALL))
+    return int(np.clip(_SMALL * (n_bytes / _SMALL_BYTES) ** 0.5, _SMALLEST, _SMALL)), n_bytes
 
 
 def _read(images: Images, small_side: int, small_bytes: int, i: int) -> tuple[Image.Image, str] | ValueError | OSError:
@@ -520,7 +525,8 @@ def _confusion(assessment: Assessment, kinds: NDArray[np.str_]) -> list[list[str
     groups = {"good": matrix[0], "defective": matrix[1]}
     defects = np.unique(kinds[kinds != NORMAL]).tolist()
     if len(defects) > 1:
-        groups |= {f"· {printable(kind)}": np.bincount(called[kinds == kind], minlength=2) for kind in defects}
+        for kind in defects:
+            groups[f"·\N{NO-BREAK SPACE}{printable(kind)}"] = np.bincount(called[kinds == kind], minlength=2)
     return [
         [name, str(n_normal), str(n_called), percent(n_called / (n_normal + n_called))]
         for name, (n_normal, n_called) in groups.items()
