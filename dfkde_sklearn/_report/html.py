@@ -5,75 +5,31 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from functools import partial
 from importlib.resources import files
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
 
 from dfkde_sklearn import __version__
 from dfkde_sklearn._calibration import Assessment, CalibratedOutlierMixin
 from dfkde_sklearn._files import check_writable, write_file
-from dfkde_sklearn._images import MAX_THREADS, Images, as_images
+from dfkde_sklearn._images import Images, as_images
 from dfkde_sklearn._report.charts import Axis, Mark, Series, histogram, line_chart
 from dfkde_sklearn._report.facts import learnt, promises, thresholds
-from dfkde_sklearn._report.gallery import (
-    Candidates,
-    Section,
-    checked_mask,
-    encoded,
-    nearest,
-    pictures,
-    sections,
-    shrunk,
-)
 from dfkde_sklearn._report.quality import RATES, kinds_of_images, operating_points, quality_facts
+from dfkde_sklearn._report.scored import Scored, neighbours, score_images
 from dfkde_sklearn._report.text import percent, printable
-from dfkde_sklearn._threads import computed_ahead
 from dfkde_sklearn.datasets._mvtec import NORMAL
 
-# Images that are read and scored at a time, so that their features take little memory.
-_IMAGES = 64
-# Images in a section of the gallery, and training images beside each of them.
-_N_SHOWN, _N_NEAREST = 12, 4
-# Pictures in the gallery, of training images, and in the table: their longest sides in pixels, and the most bytes of
-# one. With base64, all of them together stay below 18 MB, whatever the images are.
-_LARGE, _LARGE_BYTES = 480, 30_000
-_NEIGHBOUR, _NEIGHBOUR_BYTES = 144, 4_000
-_SMALL, _SMALLEST = 128, 64
-_SMALL_BYTES, _ALL_SMALL_BYTES = 6_000, 8_000_000
-# Rows of the table that have a picture, at most: those of the least normal images.
-_N_SMALL = 5_000
 # The rates asked of the operating curve: none that anybody would ask for is higher.
 _CURVE_RATES = np.concatenate([np.linspace(0.0025, 0.05, 20), np.linspace(0.06, 0.3, 25)])
 VERDICTS = ("normal", "anomalous", "broken")
-
-
-class _Scored(NamedTuple):
-    """What one pass over the images leaves.
-
-    readable : list of int, the positions of the images that `assessment` is about.
-    broken : dict, the reason why each other image cannot be read.
-    small : dict, a picture for the table by position, in base64.
-    large : dict, the pictures in the gallery by position, each in base64.
-    gallery : list of Section, the images shown in it.
-    """
-
-    readable: list[int]
-    assessment: Assessment
-    broken: dict[int, str]
-    small: dict[int, str]
-    large: dict[int, dict[str, str]]
-    gallery: list[Section]
 
 
 def write_report(
@@ -196,9 +152,7 @@ def report_page(
     training = None
     if training_images is not None:
         training = as_images(training_images, getattr(detector.features_, "white_level", None))
-    scored = _scored(detector, pictured, kinds, masks, skip_broken, verbose)
-    if not scored.readable:
-        raise ValueError(f"None of the {len(pictured)} images can be read. {next(iter(scored.broken.values()))}")
+    scored = score_images(detector, pictured, kinds, masks, skip_broken, verbose)
     of_readable = None if kinds is None else kinds[scored.readable]
     folder, names = _names(pictured)
     data: dict[str, Any] = {
@@ -210,7 +164,10 @@ def report_page(
         "verdicts": VERDICTS,
     }
     if training is not None:
-        data |= _neighbours(detector, pictured, scored, training, verbose)
+        near, near_pictures = neighbours(detector, pictured, sorted(scored.large), training, verbose)
+        _, training_names = _names(training)
+        data["neighbours"] = near
+        data["training"] = {i: (training_names[i], picture) for i, picture in near_pictures.items()}
     style, script = _resource("report.css"), _resource("report.js")
     heading = type(detector).__name__ if title is None else title
     page = template.render(
@@ -279,96 +236,6 @@ def _check_detector(detector: Any) -> None:
         )
 
 
-def _scored(
-    detector: Any,
-    images: Images,
-    kinds: NDArray[np.str_] | None,
-    masks: Any,
-    skip_broken: bool,
-    verbose: bool,
-) -> _Scored:
-    """Read and score the images, and keep the pictures that are shown: of the others nothing is left in memory."""
-    small_side, small_bytes = _small_size(len(images))
-    has_maps = _has_maps(detector)
-    gallery = sections(detector.offset_, labelled=kinds is not None, n_most=_N_SHOWN)
-    small: dict[int, str] = {}
-    large: dict[int, dict[str, str]] = {}
-    broken: dict[int, str] = {}
-    score_of: dict[int, float] = {}
-    assessments: list[Assessment] = []
-    with tqdm(total=len(images), desc="Scoring", unit="image", disable=not verbose) as progress:
-        for block in _blocks(len(images)):
-            views: dict[int, Image.Image] = {}
-            read = partial(_read, images, small_side, small_bytes)
-            for i, found in zip(block, computed_ahead(read, block, MAX_THREADS, 2 * MAX_THREADS), strict=True):
-                if isinstance(found, Exception):
-                    if not skip_broken:
-                        raise found
-                    broken[i] = str(found)
-                else:
-                    views[i], small[i] = found
-            if views:
-                readable = list(views)
-                assessment, grid_maps = _assessed(detector, images.items(readable), has_maps)
-                assessments.append(assessment)
-                scores = assessment.log_density.astype(np.float64)
-                score_of |= zip(readable, scores.tolist(), strict=True)
-                candidates = Candidates(
-                    scores, assessment.label == -1, None if kinds is None else kinds[readable] != NORMAL
-                )
-                for section in gallery:
-                    section.offer(readable, candidates)
-                chosen = {i for section in gallery for i in section.indices()}
-                large = {i: shown for i, shown in large.items() if i in chosen}
-                for place, i in enumerate(readable):
-                    if i in chosen:
-                        mask = None if masks is None else checked_mask(masks[i], images.shape(i), images.name(i))
-                        grid_map = None if grid_maps is None else grid_maps[place]
-                        shown = pictures(views[i], grid_map, mask, detector)
-                        large[i] = {name: encoded(picture, _LARGE_BYTES) for name, picture in shown.items()}
-                if len(small) > _N_SMALL:
-                    small = {i: small[i] for i in sorted(small, key=score_of.__getitem__)[:_N_SMALL]}
-            progress.update(len(block))
-    merged = Assessment(*map(np.concatenate, zip(*assessments, strict=True))) if assessments else None
-    # Without any, the caller raises an error.
-    nothing = Assessment(*(np.empty(0),) * 3, np.empty(0, np.int64))
-    return _Scored(list(score_of), merged or nothing, broken, small, large, gallery)
-
-
-def _small_size(n_images: int) -> tuple[int, int]:
-    """Return the longest side in pixels, and the most bytes, of a picture in the table: all of them have a budget."""
-    n_bytes = min(_SMALL_BYTES, _ALL_SMALL_BYTES // min(n_images, _N_SMALL))
-    return int(np.clip(_SMALL * (n_bytes / _SMALL_BYTES) ** 0.5, _SMALLEST, _SMALL)), n_bytes
-
-
-def _read(images: Images, small_side: int, small_bytes: int, i: int) -> tuple[Image.Image, str] | ValueError | OSError:
-    """Return an image in the size of the gallery and its picture in the table, or why it cannot be read."""
-    try:
-        view = shrunk(images[i], _LARGE)
-    except (ValueError, OSError) as error:
-        return error
-    return view, encoded(shrunk(view, small_side), small_bytes)
-
-
-def _blocks(n: int) -> Iterator[range]:
-    for start in range(0, n, _IMAGES):
-        yield range(start, min(start + _IMAGES, n))
-
-
-def _has_maps(detector: Any) -> bool:
-    """Return whether the detector has maps that lie over its images."""
-    if not hasattr(detector, "assess_with_maps") or prod(detector.grid_shape_) == 1:
-        return False
-    return getattr(detector.features_, "sees_whole_images", True)
-
-
-def _assessed(detector: Any, images: Any, has_maps: bool) -> tuple[Assessment, NDArray[np.floating] | None]:
-    if has_maps:
-        assessment, grid_maps = detector.assess_with_maps(images, resolution="grid")
-        return assessment, grid_maps
-    return detector.assess(images), None
-
-
 def _names(images: Images) -> tuple[str, list[str]]:
     """Return the folder that all images are in, "" if there is none, and their names below it."""
     names = [images.name(i) for i in range(len(images))]
@@ -377,7 +244,7 @@ def _names(images: Images) -> tuple[str, list[str]]:
     return printable(folder), [printable(name[len(folder) :]) for name in names]
 
 
-def _rows(scored: _Scored, names: Sequence[str], kinds: NDArray[np.str_] | None) -> dict[str, Any]:
+def _rows(scored: Scored, names: Sequence[str], kinds: NDArray[np.str_] | None) -> dict[str, Any]:
     """Return the columns of the table; in those of numbers, an image that cannot be read has null."""
     columns: dict[str, list[Any]] = {name: [None] * len(names) for name in ("score", "p_anomalous", "p_value")}
     columns["verdict"] = [VERDICTS.index("broken")] * len(names)
@@ -393,32 +260,7 @@ def _rows(scored: _Scored, names: Sequence[str], kinds: NDArray[np.str_] | None)
     return rows
 
 
-def _neighbours(detector: Any, images: Images, scored: _Scored, training: Images, verbose: bool) -> dict[str, Any]:
-    """Return the training images most like those in the gallery: pictures, names, and distances."""
-    shown = sorted(scored.large)
-    with tqdm(total=len(training), desc="Comparing", unit="image", disable=not verbose) as progress:
-
-        def blocks() -> Iterator[range]:
-            for block in _blocks(len(training)):
-                yield block
-                progress.update(len(block))
-
-        transform = detector.features_.transform
-        indices, distances = nearest(transform, images.items(shown), training, _N_NEAREST, blocks())
-    _, names = _names(training)
-    return {
-        "neighbours": {
-            i: [[j, round(distance, 3)] for j, distance in zip(of.tolist(), lengths.tolist(), strict=True)]
-            for i, of, lengths in zip(shown, indices, distances, strict=True)
-        },
-        "training": {
-            j: [names[j], encoded(shrunk(training[j], _NEIGHBOUR), _NEIGHBOUR_BYTES)]
-            for j in np.unique(indices).tolist()
-        },
-    }
-
-
-def _summary(scored: _Scored, n: int) -> str:
+def _summary(scored: Scored, n: int) -> str:
     n_readable, n_anomalous = len(scored.readable), int((scored.assessment.label == -1).sum())
     said = f"{n_anomalous} of {n_readable} images are called anomalous ({percent(n_anomalous / n_readable)})."
     return said + (f" {len(scored.broken)} of {n} could not be read." if scored.broken else "")
@@ -534,7 +376,7 @@ def _confusion(assessment: Assessment, kinds: NDArray[np.str_]) -> list[list[str
     ]
 
 
-def _cards(scored: _Scored, names: Sequence[str], kinds: NDArray[np.str_] | None) -> list[dict[str, Any]]:
+def _cards(scored: Scored, names: Sequence[str], kinds: NDArray[np.str_] | None) -> list[dict[str, Any]]:
     """Return the sections of the gallery: headings, and what is said of each image."""
     place = {i: row for row, i in enumerate(scored.readable)}
     result = []

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from dfkde_sklearn import AnomalyClassifier, DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures, write_report
 from dfkde_sklearn._calibration import threshold_at_rate
 from dfkde_sklearn._images import as_images
-from dfkde_sklearn._report import html
+from dfkde_sklearn._report import scored
 from dfkde_sklearn._report.charts import Axis, Mark, Series, histogram, line_chart, ticks
 from dfkde_sklearn._report.facts import promises
 from dfkde_sklearn._report.gallery import Candidates, encoded, nearest, sections, shrunk
@@ -296,15 +296,15 @@ def test_the_images_are_read_in_one_pass_a_few_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("n_images", [1, 100, 5_000, 100_000])
 def test_all_pictures_together_have_a_budget(n_images):
-    _, small = html._small_size(n_images)
-    n_large = 4 * html._N_SHOWN
-    total = small * min(n_images, html._N_SMALL) + 3 * n_large * html._LARGE_BYTES
-    total += n_large * html._N_NEAREST * html._NEIGHBOUR_BYTES
+    _, small = scored.small_size(n_images)
+    n_large = 4 * scored.N_SHOWN
+    total = small * min(n_images, scored.N_SMALL) + 3 * n_large * scored.LARGE_BYTES
+    total += n_large * scored.N_NEAREST * scored.NEIGHBOUR_BYTES
     assert 4 / 3 * total < 18e6
 
 
 def test_of_many_images_the_least_normal_ones_have_pictures(monkeypatch, tmp_path):
-    monkeypatch.setattr(html, "_N_SMALL", 30)
+    monkeypatch.setattr(scored, "N_SMALL", 30)
     images = np.random.default_rng(0).integers(0, 256, (100, 16, 16), np.uint8)
     detector = PatchDFKDEDetector(Greys()).fit(images[:50])
     page = Page(write_report(detector, images, tmp_path / "report.html"))
@@ -339,6 +339,7 @@ def test_the_page_refers_to_nothing_outside(labelled):
     assert {tag for tag, _ in page.elements}.isdisjoint({"iframe", "object", "embed", "base"})
     style = labelled[0].read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
     assert "url(" not in style
+    assert "//" not in style
     assert "@import" not in style
 
 
