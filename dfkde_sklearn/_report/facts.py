@@ -31,7 +31,8 @@ def learnt(detector: CalibratedOutlierMixin) -> dict[str, str]:
     n = len(detector.calibration_scores_)
     facts = {
         "Detector": type(detector).__name__,
-        "Learnt from": f"{n} good images" + (f", of {n_groups} groups" if n_groups < n else ""),
+        "Learnt from": f"{n} images, counting those of recalibrate"
+        + (f", of {n_groups} groups" if n_groups < n else ""),
         "Features": extractor.summary() if hasattr(extractor, "summary") else type(extractor).__name__,
     }
     if hasattr(parts, "grid_shape_"):

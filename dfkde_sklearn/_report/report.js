@@ -73,7 +73,7 @@
     if (rows.kind) cells.push(element("td", { className: "kind" }, rows.kind[i]));
     cells.push(cell("number", "score", number(rows.score[i], 5)));
     cells.push(cell("number", "p-value", number(rows.p_value[i], 3)));
-    cells.push(cell("number", "P(anomalous)", number(rows.p_anomalous[i], 3)));
+    cells.push(cell("number probability", "P(anomalous)", number(rows.p_anomalous[i], 3)));
     cells.push(element("td", {}, verdictElement(i)));
     return element("tr", {}, ...cells);
   };

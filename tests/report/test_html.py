@@ -278,6 +278,12 @@ def test_a_pooled_detector_and_cropped_features_have_pictures_without_maps(data,
     page = Page(write_report(pooled, data.X_test[:6], tmp_path / "report.html"))
     assert all(set(shown) == {"image"} for shown in page.data["large"].values())
     assert "yellow line" not in page.text
+    # Such maps would lie beside their images.
+    cropped = PatchDFKDEDetector(Greys()).fit(data.X_train)
+    cropped.features_.sees_whole_images = False
+    page = Page(write_report(cropped, data.X_test[:6], tmp_path / "report.html"))
+    assert all(set(shown) == {"image"} for shown in page.data["large"].values())
+    np.testing.assert_allclose(page.data["rows"]["score"], cropped.score_samples(data.X_test[:6]), rtol=1e-5)
 
 
 # How large it is
@@ -637,6 +643,8 @@ def test_the_page_fits_its_window(opened, width, scheme):
     opened.set_viewport_size({"width": width, "height": 800})
     opened.emulate_media(color_scheme=scheme)
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    cells = "[...document.querySelectorAll('#table td')]"
+    assert opened.evaluate(f"{cells}.every(cell => cell.scrollWidth <= cell.clientWidth)")
     brightness = [
         sum(map(int, re.findall(r"\d+", opened.evaluate(f"getComputedStyle(document.body).{name}"))[:3]))
         for name in ("backgroundColor", "color")
