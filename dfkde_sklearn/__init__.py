@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dfkde_sklearn._features.scattering import ScatteringFeatures
     from dfkde_sklearn._monitor import DriftMonitor
     from dfkde_sklearn._patch_detector import PatchDFKDEDetector
+    from dfkde_sklearn._report.html import write_report
 
 __all__ = [
     "AnomalyClassifier",
@@ -30,6 +31,7 @@ __all__ = [
     "clear_cache",
     "datasets",
     "metrics",
+    "write_report",
 ]
 
 __version__ = "0.1.0"
@@ -46,6 +48,7 @@ _MODULES = {
     "TimmFeatures": "_features.network",
     "cache_size": "_features.cache",
     "clear_cache": "_features.cache",
+    "write_report": "_report.html",
 }
 
 

@@ -175,6 +175,23 @@ class Images(Sequence[Image.Image]):
         item = self._items[index]
         return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
 
+    def items(self, indices: Sequence[int]) -> list[Any] | np.ndarray | torch.Tensor:
+        """Return the images at `indices` as the user handed them in, for a detector to read.
+
+        Parameters
+        ----------
+        indices : sequence of int
+            Positions of the images.
+
+        Returns
+        -------
+        list, ndarray or Tensor
+            What `as_images` accepts.
+        """
+        if isinstance(self._items, list):
+            return [self._items[i] for i in indices]
+        return self._items[list(indices)]
+
     def shape(self, index: int) -> tuple[int, int]:
         """Return the height and width of the image at `index`, of a file from its header.
 

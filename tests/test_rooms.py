@@ -20,6 +20,7 @@ ALLOWED = {
         "_monitor",
         "_deploy",
         "_features",
+        "_report",
         "datasets",
         "metrics",
     },
@@ -43,7 +44,7 @@ ALLOWED = {
     "_patch_detector": {
         *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices")
     },
-    "_report": {"_calibration", "_images", "_files"},
+    "_report": {"_calibration", "_images", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},
     "metrics": set(),
 }

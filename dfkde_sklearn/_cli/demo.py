@@ -24,9 +24,10 @@ from dfkde_sklearn._cli.arguments import (
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, check_png, png, write_new
 from dfkde_sklearn._cli.output import numbers, percent, print_facts, print_line, print_table, say, shows_progress
-from dfkde_sklearn._cli.summary import N_WORST, detector_facts, quality_facts, worst_first
+from dfkde_sklearn._cli.summary import N_WORST, detector_facts, worst_first
 from dfkde_sklearn._report.contact_sheet import COLUMNS, Section, Tile, contact_sheet
 from dfkde_sklearn._report.overlay import overlay
+from dfkde_sklearn._report.quality import quality_facts
 from dfkde_sklearn.datasets._surfaces import MATERIALS
 
 PICTURE = "dfkde-demo.png"

@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sklearn.utils import Bunch
-
 from dfkde_sklearn._cli.arguments import add_quiet_argument, weights_advice
 from dfkde_sklearn._cli.exit_codes import DONE
+from dfkde_sklearn._cli.labelled import labelled_images
 from dfkde_sklearn._cli.models import WEIGHTS_OF_MODEL, add_extractor_arguments, add_model_argument, loaded_detector
 from dfkde_sklearn._cli.output import print_facts, say
 from dfkde_sklearn._cli.summary import detector_facts, print_evaluation
-from dfkde_sklearn.datasets._mvtec import NORMAL, load_test_folder
+from dfkde_sklearn.datasets._mvtec import NORMAL
 
 
 def add_parser(commands: Any) -> None:
@@ -38,24 +37,10 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    test = _labelled(options.folder)
+    test = labelled_images(options.folder)
     with weights_advice(WEIGHTS_OF_MODEL):
         detector = loaded_detector(options)
         say(options, f"Scoring {len(test.X_test)} images")
         print_facts({"Model": str(options.model)} | detector_facts(detector))
         print_evaluation(detector, test, str(options.folder))
     return DONE
-
-
-def _labelled(folder: Path) -> Bunch:
-    """Return the images of a folder in the MVTec layout, or of one of its kinds of images."""
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder. Give one with a folder for each kind of image.")
-    root = folder / "test" if (folder / "test").is_dir() else folder
-    kinds = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    if NORMAL not in kinds:
-        raise ValueError(
-            f"{root} has no folder {NORMAL!r} among {', '.join(map(repr, sorted(kinds))) or 'no folders'}. Put good "
-            f"images into a folder of that name, and defective ones into folders beside it."
-        )
-    return Bunch(**load_test_folder(root, folder / "ground_truth"))

@@ -17,11 +17,19 @@ import torch
 from PIL import Image
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._cli import cache, demo, evaluate, fit, info, score
+from dfkde_sklearn._cli import cache, demo, evaluate, fit, info, report, score
 from dfkde_sklearn._cli.exit_codes import FAILED, INTERRUPTED, READER_GONE
 from dfkde_sklearn._cli.output import one_line, print_message, silence
 
-COMMANDS = {"demo": demo, "fit": fit, "score": score, "evaluate": evaluate, "info": info, "cache": cache}
+COMMANDS = {
+    "demo": demo,
+    "fit": fit,
+    "score": score,
+    "evaluate": evaluate,
+    "report": report,
+    "info": info,
+    "cache": cache,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = READER_GONE
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, ImportError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print_message(f"dfkde {options.command}: error: {one_line(error)}")
         code = FAILED
     try:

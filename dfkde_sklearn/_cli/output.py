@@ -14,6 +14,7 @@ from typing import TextIO
 
 import numpy as np
 
+from dfkde_sklearn._report.text import percent as percent
 from dfkde_sklearn._report.text import printable
 
 # Columns of tables that hold words; the others hold numbers.
@@ -120,11 +121,6 @@ def print_heading(heading: str) -> None:
     print_line()
     print_line(heading)
     print_line()
-
-
-def percent(share: float) -> str:
-    """Return a share as text, in per cent."""
-    return f"{100 * share:.3g} %"
 
 
 def numbers(

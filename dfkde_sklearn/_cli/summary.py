@@ -7,20 +7,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 from sklearn.utils import Bunch
 
 from dfkde_sklearn import Assessment, DFKDEDetector, PatchDFKDEDetector
-from dfkde_sklearn._calibration import threshold_at_rate
 from dfkde_sklearn._cli.output import percent, print_facts, print_heading, print_table
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._maps import image_maps
+from dfkde_sklearn._report.quality import RATES, operating_points, quality_facts
 from dfkde_sklearn.datasets import read_mask
 from dfkde_sklearn.metrics import aupro, pixel_roc_auc, region_hits
 
-# The rates of false alarms that the operating table asks for.
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 # Images that are listed or drawn as the most anomalous.
 N_WORST = 12
 
@@ -42,27 +38,6 @@ def detector_facts(detector: DFKDEDetector | PatchDFKDEDetector) -> dict[str, st
         "Threshold of maps": f"{detector.map_offset_:.2f}; {percent(detector.target_map_fpr)} of the pixels of new "
         "good images are expected below it",
     }
-
-
-def quality_facts(assessment: Assessment, y: NDArray[np.int64], defects: NDArray[np.str_]) -> dict[str, str]:
-    """Return the detection quality on images with known labels `y` (1 = anomalous) and kinds of defects."""
-    good, anomalous = y == 0, assessment.label == -1
-    facts: dict[str, str] = {}
-    if 0 < good.sum() < len(y):
-        facts["AUROC"] = f"{roc_auc_score(y, -assessment.log_density):.3f}"
-    if good.any():
-        n_alarms, n_good = int(anomalous[good].sum()), int(good.sum())
-        low, high = binomtest(n_alarms, n_good).proportion_ci()
-        facts["False alarms held"] = (
-            f"{percent(n_alarms / n_good)} ({n_alarms} of {n_good} good images; 95 % interval {percent(low)} to "
-            f"{percent(high)})"
-        )
-    if not good.all():
-        kinds = [
-            f"{kind} {anomalous[defects == kind].sum()}/{(defects == kind).sum()}" for kind in np.unique(defects[~good])
-        ]
-        facts["Defects found"] = f"{percent(anomalous[~good].mean())} ({', '.join(kinds)})"
-    return facts
 
 
 def map_facts(detector: PatchDFKDEDetector, grid_maps: Any, test: Bunch) -> dict[str, str]:
@@ -102,16 +77,15 @@ def _operating_rows(
     detector: DFKDEDetector | PatchDFKDEDetector, assessment: Assessment, test: Bunch
 ) -> list[Sequence[str]]:
     """Return the rates of false alarms and of found defects at thresholds from the calibration scores."""
-    scores, calibration = assessment.log_density, detector.calibration_scores_
-    rows: list[Sequence[str]] = []
-    for rate in RATES:
-        threshold = threshold_at_rate(calibration, rate)
-        cells = []
-        for kind in (0, 1):
-            of_kind = scores[test.y_test == kind]
-            cells.append(percent(float(np.mean(of_kind < threshold))) if len(of_kind) else "-")
-        rows.append((percent(rate), f"{threshold:.2f}", *cells))
-    return rows
+    points = operating_points(RATES, detector.calibration_scores_, assessment.log_density, test.y_test == 1)
+    return [
+        (
+            percent(point.rate),
+            f"{point.threshold:.2f}",
+            *("-" if np.isnan(share) else percent(share) for share in (point.false_alarms, point.found)),
+        )
+        for point in points
+    ]
 
 
 def worst_first(assessment: Assessment) -> NDArray[np.int64]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_dilation
 
+from dfkde_sklearn._report.overlay import outlined
 from dfkde_sklearn._report.text import printable
 
 # Tiles in a row.
@@ -20,7 +20,6 @@ GAP = 16
 MARGIN = 32
 BAR = 5
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 30, 18, 15
-OUTLINE = 2
 
 PAPER = (252, 252, 250)
 MOUNT = (228, 228, 226)
@@ -28,7 +27,6 @@ INK = (28, 30, 34)
 FAINT = (104, 108, 116)
 NORMAL = (70, 140, 110)
 ANOMALOUS = (205, 50, 50)
-DEFECT = (255, 96, 0)
 
 
 class Tile(NamedTuple):
@@ -108,22 +106,13 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
     width, height = (max(1, round(scale * side)) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     if tile.mask is not None:
-        picture = _outlined(picture, tile.mask)
+        picture = outlined(picture, tile.mask)
     sheet.paste(picture, (left + (TILE - picture.width) // 2, top + (TILE - picture.height) // 2))
     bottom = top + TILE
     draw.rectangle((left, bottom, left + TILE - 1, bottom + BAR - 1), ANOMALOUS if tile.anomalous else NORMAL)
     font = ImageFont.load_default(SMALL_SIZE)
     draw.text((left, bottom + BAR + 4), _shortened(tile.caption, font), INK, font)
     draw.text((left, bottom + BAR + SMALL_SIZE + 9), _shortened(tile.detail, font), FAINT, font)
-
-
-def _outlined(picture: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-    """Return the picture with a line around the mask, outside it so that the defect stays visible."""
-    inside = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
-    around = binary_dilation(inside, iterations=OUTLINE) & ~inside
-    pixels = np.array(picture)
-    pixels[around] = DEFECT
-    return Image.fromarray(pixels)
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:

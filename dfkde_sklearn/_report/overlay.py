@@ -12,6 +12,8 @@ from scipy.special import expit
 TINT = (230, 30, 30)
 OPACITY = 0.6
 OUTLINE = (255, 220, 0)
+# The line around a true defect, and its width in pixels.
+DEFECT, DEFECT_WIDTH = (255, 96, 0), 2
 
 
 def overlay(
@@ -72,3 +74,26 @@ def mask(log_densities: NDArray[np.floating], threshold: float) -> Image.Image:
         Of the same size.
     """
     return Image.fromarray(np.where(log_densities < threshold, 255, 0).astype(np.uint8))
+
+
+def outlined(picture: Image.Image, defect: NDArray[np.bool_]) -> Image.Image:
+    """Return the picture with a line around a true defect, outside it so that the defect stays visible.
+
+    Parameters
+    ----------
+    picture : PIL image
+        Of mode "RGB".
+    defect : ndarray of shape (height, width), bool
+        True where the image is defective, of the size of the picture or another.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Of mode "RGB" and the same size.
+    """
+    # Means of areas, of which a small defect is still a part where the picture is smaller than the mask.
+    areas = Image.fromarray(defect.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BOX)
+    inside = np.asarray(areas) > 0
+    pixels = np.array(picture)
+    pixels[binary_dilation(inside, iterations=DEFECT_WIDTH) & ~inside] = DEFECT
+    return Image.fromarray(pixels)

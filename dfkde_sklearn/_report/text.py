@@ -19,3 +19,19 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def percent(share: float) -> str:
+    """Return a share as text, in per cent.
+
+    Parameters
+    ----------
+    share : float
+        From 0 to 1.
+
+    Returns
+    -------
+    str
+        Such as "5 %" or "0.25 %".
+    """
+    return f"{100 * share:.3g} %"

@@ -28,7 +28,8 @@ from dfkde_sklearn._cli.arguments import detector_parameters
 from dfkde_sklearn._cli.main import main, parser
 from dfkde_sklearn._density.scoring import FeatureDensity
 from dfkde_sklearn._features import scattering
-from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL
+from dfkde_sklearn._report.contact_sheet import ANOMALOUS, NORMAL
+from dfkde_sklearn._report.overlay import DEFECT
 from dfkde_sklearn.datasets import load_mvtec_folder, make_textures, read_mask, write_mvtec_folder
 
 SCATTERING = ("--features", "scattering", "--image-size", "64", "--detector", "pooled", "--residual", "box")

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from dfkde_sklearn._report.contact_sheet import ANOMALOUS, DEFECT, NORMAL, TILE, Section, Tile, contact_sheet
+from dfkde_sklearn._report.contact_sheet import ANOMALOUS, NORMAL, TILE, Section, Tile, contact_sheet
+from dfkde_sklearn._report.overlay import DEFECT
 
 
 def test_a_mask_is_outlined_and_not_painted_over():
