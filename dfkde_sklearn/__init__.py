@@ -10,22 +10,37 @@ if TYPE_CHECKING:
     from dfkde_sklearn._deploy.model import DfkdeModel
     from dfkde_sklearn._deploy.position_model import PatchDfkdeModel
     from dfkde_sklearn._detector import DFKDEDetector
+    from dfkde_sklearn._explanation import Explanation, Region
     from dfkde_sklearn._features.cache import cache_size, clear_cache
     from dfkde_sklearn._features.network import TimmFeatures
     from dfkde_sklearn._features.scattering import ScatteringFeatures
     from dfkde_sklearn._monitor import DriftMonitor
     from dfkde_sklearn._patch_detector import PatchDFKDEDetector
+    from dfkde_sklearn._report.displays import (
+        AnomalyMapDisplay,
+        ExplanationDisplay,
+        OperatingCurveDisplay,
+        PValueDisplay,
+        ScoreDisplay,
+    )
     from dfkde_sklearn._report.html import write_report
 
 __all__ = [
     "AnomalyClassifier",
+    "AnomalyMapDisplay",
     "Assessment",
     "DFKDEDetector",
     "DfkdeModel",
     "DriftMonitor",
+    "Explanation",
+    "ExplanationDisplay",
+    "OperatingCurveDisplay",
+    "PValueDisplay",
     "PatchDFKDEDetector",
     "PatchDfkdeModel",
+    "Region",
     "ScatteringFeatures",
+    "ScoreDisplay",
     "TimmFeatures",
     "cache_size",
     "clear_cache",
@@ -38,13 +53,20 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "AnomalyClassifier": "_classifier",
+    "AnomalyMapDisplay": "_report.displays",
     "Assessment": "_calibration",
     "DFKDEDetector": "_detector",
     "DfkdeModel": "_deploy.model",
     "DriftMonitor": "_monitor",
+    "Explanation": "_explanation",
+    "ExplanationDisplay": "_report.displays",
+    "OperatingCurveDisplay": "_report.displays",
+    "PValueDisplay": "_report.displays",
     "PatchDFKDEDetector": "_patch_detector",
     "PatchDfkdeModel": "_deploy.position_model",
+    "Region": "_explanation",
     "ScatteringFeatures": "_features.scattering",
+    "ScoreDisplay": "_report.displays",
     "TimmFeatures": "_features.network",
     "cache_size": "_features.cache",
     "clear_cache": "_features.cache",

@@ -14,18 +14,20 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, _fit_context, clone
 from sklearn.utils import assert_all_finite
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions, validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._calibration import CONFIDENCE, CalibratedOutlierMixin, judged_scores, labels, weighted_mean
 from dfkde_sklearn._density.estimate import Settings, n_removed
+from dfkde_sklearn._density.explain import explained
 from dfkde_sklearn._density.fit import fit
 from dfkde_sklearn._density.folds import copies, n_moved
 from dfkde_sklearn._density.scoring import STATE, FeatureDensity
 from dfkde_sklearn._deploy.buffers import DensityBuffers
 from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._explanation import Explanation
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
@@ -427,6 +429,58 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         .. [1] Tipping and Bishop (1999), Probabilistic principal component analysis, doi:10.1111/1467-9868.00196
         """
         return weighted_mean(self._log_density(X, full=True), sample_weight)
+
+    def explain(self, X: Any, *, n_kernels: int = 5) -> Explanation:
+        """Return what the log density of each row is made of.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            As in `fit`.
+        n_kernels : int, default=5
+            The number of training rows to name for each row, at most that of the kernels.
+
+        Returns
+        -------
+        Explanation
+            The training rows that carry the density, the terms of the principal axes, of the residual and of the layers,
+            and the gains of the features; see :ref:`explanation`.
+
+        Raises
+        ------
+        NotFittedError
+            If the detector is not fitted.
+        ValueError
+            If `n_kernels` is not a positive integer; or as `score_samples`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from dfkde_sklearn import DFKDEDetector
+        >>> good = np.random.default_rng(0).normal(size=(200, 8))
+        >>> detector = DFKDEDetector(n_components=8, residual=None).fit(good)
+        >>> explanation = detector.explain(good[:2], n_kernels=3)
+        >>> explanation.kernels[:, 0]
+        array([0, 1])
+        >>> terms = explanation.axis_terms.sum(1) + explanation.residual_term + explanation.rest
+        >>> bool(np.allclose(terms, detector.score_samples(good[:2])))
+        True
+        """
+        check_is_fitted(self)
+        of_kernels = {"n_kernels": [Interval(Integral, 1, None, closed="left")]}
+        validate_parameter_constraints(of_kernels, {"n_kernels": n_kernels}, "explain")
+        rows = tensor(floats(self._table(X)), self._density_device())
+        with torch.inference_mode():
+            density = self._fitted(rows.dtype, rows.device)
+            parts = explained(density, rows, int(n_kernels), working_memory())
+        arrays = {name: part.cpu().numpy() for name, part in parts._asdict().items()}
+        feature_terms = arrays.pop("feature_terms")
+        layers: dict[str, NDArray[np.float64]] = {}
+        names, widths = (getattr(self.features_, name, None) for name in ("layers_", "layer_widths_"))
+        if names is not None and widths is not None and sum(widths) == self.n_features_in_:
+            of_layers = np.split(feature_terms, np.cumsum(widths)[:-1], axis=1)
+            layers = {name: terms.sum(1) for name, terms in zip(names or ["embedding"], of_layers, strict=True)}
+        return Explanation(**arrays, layer_terms=layers)
 
     def to_torch(self) -> DfkdeModel:
         """Return the fitted detector as a torch module.

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import center_of_mass, find_objects, gaussian_filter, label
 from torch.nn.functional import interpolate
+
+from dfkde_sklearn._explanation import Region
 
 # Steps between two positions, at which maps are smoothed, and the width of the smoothing in units of a position: a
 # quarter, 4 pixels of a map of stride 16.
@@ -39,3 +41,21 @@ def resized(maps: NDArray[np.floating], shape: tuple[int, int]) -> NDArray[np.fl
     """Return maps (n, h, w) by bilinear interpolation at the centres of the pixels of another shape."""
     tensor = torch.from_numpy(np.ascontiguousarray(maps))[:, None]
     return interpolate(tensor, size=shape, mode="bilinear", align_corners=False)[:, 0].numpy()
+
+
+def regions_of(of_image: NDArray[np.floating], threshold: float, image: int, p_value: float) -> list[Region]:
+    """Return the connected regions of a map (height, width) below the threshold, the lowest first.
+
+    Pixels that touch at a corner are connected. The image's number and p-value are those of `Region`.
+    """
+    below = of_image < threshold
+    numbers, n_regions = label(below, structure=np.ones((3, 3)))
+    centres = center_of_mass(below, numbers, range(1, n_regions + 1))
+    regions = []
+    for i, (rows, columns) in enumerate(find_objects(numbers)):
+        inside = numbers[rows, columns] == i + 1
+        lowest = float(of_image[rows, columns][inside].min())
+        box = int(rows.start), int(columns.start), int(rows.stop), int(columns.stop)
+        row, column = map(float, centres[i])
+        regions.append(Region(image, int(inside.sum()), *box, row, column, lowest, p_value))
+    return sorted(regions, key=lambda region: region.log_density)

@@ -36,10 +36,11 @@ from dfkde_sklearn._density.positions import (
 from dfkde_sklearn._deploy.deployable import DeployableMixin
 from dfkde_sklearn._deploy.position_buffers import PositionBuffers
 from dfkde_sklearn._device import as_device
+from dfkde_sklearn._explanation import Region
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._images import as_images
-from dfkde_sklearn._maps import fine_maps, image_maps
+from dfkde_sklearn._maps import fine_maps, image_maps, regions_of
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
 
 if TYPE_CHECKING:
@@ -441,6 +442,46 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         """
         grid_maps, maps = self._with_maps(X, resolution)
         return self._assessment(self._scores(grid_maps.reshape(len(grid_maps), -1))), maps
+
+    def regions(self, X: Any, *, resolution: Literal["image", "grid"] = "image") -> list[Region]:
+        """Return where images are anomalous: the connected regions of their maps below `map_offset_`.
+
+        Parameters
+        ----------
+        X : images, array-like of shape (n_images, h, w, C) or of shape (n_images, n_features)
+            As in `fit`.
+        resolution : {"image", "grid"}, default="image"
+            As in `anomaly_maps`: whether places are in pixels or in positions of the grid.
+
+        Returns
+        -------
+        list of Region
+            In the order of the images, in each the region of lowest log density first. Images without a region have
+            none. ``pandas.DataFrame(regions)`` makes a table of them.
+
+        Raises
+        ------
+        ValueError
+            As `anomaly_maps`.
+
+        Examples
+        --------
+        >>> from dfkde_sklearn import PatchDFKDEDetector, ScatteringFeatures
+        >>> from dfkde_sklearn.datasets import make_textures
+        >>> data = make_textures(n_train=60, n_test=4, image_size=64, anomaly_fraction=0.5, random_state=0)
+        >>> detector = PatchDFKDEDetector(ScatteringFeatures(image_size=64, pooling=None)).fit(data.X_train)
+        >>> largest = max(detector.regions(data.X_test), key=lambda region: region.area)
+        >>> data.defects_test[largest.image]
+        'thread'
+        >>> bool(data.masks_test[largest.image][round(largest.row), round(largest.column)])
+        True
+        """
+        assessment, maps = self.assess_with_maps(X, resolution=resolution)
+        return [
+            region
+            for i, of_image in enumerate(maps)
+            for region in regions_of(of_image, self.map_offset_, i, float(assessment.p_value[i]))
+        ]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the mean log density over the images and their positions.

@@ -17,6 +17,7 @@ ALLOWED = {
         "_patch_detector",
         "_classifier",
         "_calibration",
+        "_explanation",
         "_monitor",
         "_deploy",
         "_features",
@@ -31,7 +32,8 @@ ALLOWED = {
     "_document": set(),
     "_matrices": set(),
     "_groups": {"_density"},
-    "_maps": set(),
+    "_explanation": set(),
+    "_maps": {"_explanation"},
     "_images": {"_threads"},
     "_kernels": {"_threads"},
     "_density": {"_kernels", "_threads"},
@@ -40,11 +42,15 @@ ALLOWED = {
     "_monitor": {"_calibration", "_files", "_groups"},
     "_deploy": {"_density", "_kernels", "_features", "_images", "_device", "_files", "_document"},
     "_classifier": {"_calibration"},
-    "_detector": {"_calibration", "_deploy", "_density", "_kernels", "_features", "_device", "_groups", "_matrices"},
-    "_patch_detector": {
-        *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices")
+    "_detector": {
+        *("_calibration", "_deploy", "_density", "_explanation", "_kernels", "_features", "_device", "_groups"),
+        "_matrices",
     },
-    "_report": {"_calibration", "_images", "_maps", "_files", "_threads", "datasets"},
+    "_patch_detector": {
+        *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices"),
+        "_explanation",
+    },
+    "_report": {"_calibration", "_explanation", "_images", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},
     "metrics": set(),
 }
