@@ -443,8 +443,8 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         Returns
         -------
         Explanation
-            The training rows that carry the density, the terms of the principal axes, of the residual and of the layers,
-            and the gains of the features; see :ref:`explanation`.
+            The training rows that carry the density, the terms of the principal axes, of the residual and of the
+            layers, and the gains of the features; see :ref:`explanation`.
 
         Raises
         ------

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 class Explanation(NamedTuple):
     """What the log densities of rows are made of; see :ref:`explanation`.
 
-    ``log_density = axis_terms.sum(1) + residual_term + rest``, in natural logs: the lower a term, the more it makes a row
-    anomalous.
+    ``log_density = axis_terms.sum(1) + residual_term + rest``, in natural logs: the lower a term, the more it makes a
+    row anomalous.
 
     Parameters
     ----------
