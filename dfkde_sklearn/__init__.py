@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dfkde_sklearn._features.scattering import ScatteringFeatures
     from dfkde_sklearn._monitor import DriftMonitor
     from dfkde_sklearn._patch_detector import PatchDFKDEDetector
+    from dfkde_sklearn._pyod import as_pyod
     from dfkde_sklearn._report.displays import (
         AnomalyMapDisplay,
         ExplanationDisplay,
@@ -42,6 +43,7 @@ __all__ = [
     "ScatteringFeatures",
     "ScoreDisplay",
     "TimmFeatures",
+    "as_pyod",
     "cache_size",
     "clear_cache",
     "datasets",
@@ -68,6 +70,7 @@ _MODULES = {
     "ScatteringFeatures": "_features.scattering",
     "ScoreDisplay": "_report.displays",
     "TimmFeatures": "_features.network",
+    "as_pyod": "_pyod",
     "cache_size": "_features.cache",
     "clear_cache": "_features.cache",
     "write_report": "_report.html",

@@ -30,6 +30,7 @@ from dfkde_sklearn._device import as_device
 from dfkde_sklearn._explanation import Explanation
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
+from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
 
@@ -600,6 +601,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         from dfkde_sklearn._deploy.export import Expected
 
         if isinstance(self.features_, FeatureExtractor):
+            X = repeatable(X)
             return Expected(X, (self.score_samples(X),))
         rows = self._table(X)
         return Expected(rows, (self._scores(rows),))

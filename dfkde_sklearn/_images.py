@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import io
 import os
 import stat
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
+from dfkde_sklearn._inputs import ENCODED, Lazy, unpacked
 from dfkde_sklearn._threads import Lock, computed_ahead
 
 # fmt: off
@@ -57,8 +59,8 @@ SETTLED = 2.0
 _READING = Lock()
 
 ACCEPTED = (
-    "Allowed: a list, 1-D array or pandas / polars column of paths, PIL images, arrays or tensors;"
-    " an array or tensor (n, H, W), (n, H, W, C) or (n, C, H, W); a folder."
+    "Allowed: a list, 1-D array, iterable, or pandas, polars or Arrow column of paths, PIL images, arrays, tensors or"
+    " encoded images (bytes); an array or tensor (n, H, W), (n, H, W, C) or (n, C, H, W); a folder or a pattern."
 )
 
 
@@ -72,13 +74,13 @@ class Images(Sequence[Image.Image]):
 
     Parameters
     ----------
-    items : list, ndarray or Tensor
-        The images, by index, as :func:`as_images` checked them.
+    items : list, ndarray, Tensor or Lazy
+        The images, by index, as :func:`as_images` checked them; those of `Lazy` are checked when they are read.
     white_level : int, default=65535
         The 16-bit value that becomes 255, as do all above it.
     """
 
-    def __init__(self, items: list[Any] | np.ndarray | torch.Tensor, white_level: int = FULL_RANGE) -> None:
+    def __init__(self, items: list[Any] | np.ndarray | torch.Tensor | Lazy, white_level: int = FULL_RANGE) -> None:
         self._items = items
         self.white_level = white_level
         # The maxima of the 16-bit images read so far: a set, as several threads add to it.
@@ -108,7 +110,7 @@ class Images(Sequence[Image.Image]):
             If there is no such file.
         """
         index = range(len(self))[index]
-        item, name = self._items[index], self.name(index)
+        item, name = self._item(index), self.name(index)
         white = FULL_RANGE
         try:
             if isinstance(item, np.ndarray | torch.Tensor):
@@ -128,9 +130,27 @@ class Images(Sequence[Image.Image]):
                 "you trust the file, raise it: in Python PIL.Image.MAX_IMAGE_PIXELS = NUMBER, on the command line "
                 "--max-pixels NUMBER."
             ) from error
+        except Image.UnidentifiedImageError as error:
+            if not isinstance(item, bytes):
+                raise ValueError(f"{name}: {_reason(error)}") from error
+            raise ValueError(
+                f"{name}: these {len(item)} bytes are not an image that PIL can read. If they are a path: "
+                "os.fsdecode(path)."
+            ) from error
         except Exception as error:  # PIL's readers raise SyntaxError, IndexError, struct.error, zlib.error...
             raise ValueError(f"{name}: {_reason(error)}") from error
         return _picture_from_array(samples, name, self._white(samples, white))
+
+    def _item(self, index: int) -> Any:
+        """Return the item at `index`, bytes for encoded images."""
+        item = self._items[index]
+        if isinstance(self._items, Lazy):
+            _check_item(item, f"images[{index}]")
+        if isinstance(item, io.IOBase):
+            with _READING:  # the place in a stream is shared
+                item.seek(0)
+                return item.read()
+        return bytes(item) if isinstance(item, bytes | bytearray | memoryview) else item
 
     def _white(self, samples: np.ndarray, white: int) -> int:
         """Return the value that becomes 255, given that of the file, and record the maximum of 16-bit samples."""
@@ -172,7 +192,7 @@ class Images(Sequence[Image.Image]):
         str
             The path, or for example "images[3]".
         """
-        item = self._items[index]
+        item = None if isinstance(self._items, Lazy) else self._items[index]
         return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
 
     def items(self, indices: Sequence[int]) -> list[Any] | np.ndarray | torch.Tensor:
@@ -188,7 +208,7 @@ class Images(Sequence[Image.Image]):
         list, ndarray or Tensor
             What `as_images` accepts.
         """
-        if isinstance(self._items, list):
+        if isinstance(self._items, list | Lazy):
             return [self._items[i] for i in indices]
         return self._items[list(indices)]
 
@@ -212,8 +232,8 @@ class Images(Sequence[Image.Image]):
         FileNotFoundError
             If there is no such file.
         """
-        item = self._items[range(len(self))[index]]
-        if isinstance(item, str | os.PathLike):
+        item = self._item(range(len(self))[index])
+        if isinstance(item, str | os.PathLike | bytes):
             try:
                 with _opened(item) as picture:
                     # Orientations from 5 on lie on their side.
@@ -248,7 +268,9 @@ class Images(Sequence[Image.Image]):
         FileNotFoundError
             If there is no such file.
         """
-        item = self._items[range(len(self))[index]]
+        item = self._item(range(len(self))[index])
+        if isinstance(item, bytes):
+            return hashlib.sha256(item).digest()
         if isinstance(item, str | os.PathLike):
             try:
                 return _file_digest(item)
@@ -291,11 +313,16 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
 
     Parameters
     ----------
-    X : list, tuple, ndarray, Tensor, Series, str, PathLike or PIL image
+    X : list, tuple, ndarray, Tensor, Series, str, PathLike, bytes, PIL image, data set or iterable
         - a list, tuple, one-dimensional array or pandas / polars Series of paths, of PIL images, or of
           arrays or tensors (H, W), (H, W, C) or (C, H, W), of one size or of several;
         - an array or tensor (n, H, W), (n, H, W, C) or (n, C, H, W), with 1, 3 or 4 channels;
         - a folder: every image file in it and in its sub-folders, sorted by path; see `image_files`;
+        - a pattern of paths such as ``"parts/**/*.png"``, sorted by path;
+        - encoded images, as the bytes of a file or an open binary file, alone or in any of these lists;
+        - a frame of one column, an Arrow array, a column or `Dataset` of Hugging Face, an `ImageFolder` of torchvision,
+          or any data set of torch: labels beside images are left out;
+        - a generator, a ``DataLoader`` or another iterable of images, of pairs with a label, or of batches;
         - one image file or one PIL image: a sequence of one.
 
         Arrays and tensors are uint8; or uint16; or floating point in [0, 1].
@@ -327,9 +354,10 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
     """
     if isinstance(X, Images):
         return X if white_level in (None, X.white_level) else Images(X._items, white_level)
+    X = unpacked(X)
     if isinstance(X, str | os.PathLike):
         _check_path(X, "images")
-        items: list[Any] | np.ndarray | torch.Tensor = _files_at(Path(X))
+        items: list[Any] | np.ndarray | torch.Tensor | Lazy = _files_at(Path(X))
     elif isinstance(X, Image.Image):
         items = [X]
     elif isinstance(X, torch.Tensor) or (isinstance(X, np.ndarray) and X.dtype.kind not in "OUT"):
@@ -342,19 +370,14 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
                 " dimension: use X.ravel(); pixels need a numeric dtype: use X.astype(np.uint8)."
             )
         items = X.tolist()
-    elif hasattr(X, "columns"):
-        raise TypeError(
-            f"images: a {type(X).__name__} with columns {list(X.columns)[:5]}."
-            " Pass the column of paths instead, for example X['path']."
-        )
     elif isinstance(X, list | tuple):
         items = list(X)
-    elif hasattr(X, "to_list"):  # a Series of pandas or polars, without importing either
-        items = X.to_list()
+    elif isinstance(X, Lazy):
+        items = X
     else:
         raise TypeError(f"images: a {type(X).__name__}. {ACCEPTED}")
     if len(items) == 0:
-        raise ValueError("images: 0 images; at least one is needed.")
+        raise ValueError("images: 0 images; at least one is needed. An iterator can be used once.")
     if isinstance(items, list):
         for index, item in enumerate(items):
             _check_item(item, f"images[{index}]")
@@ -541,7 +564,7 @@ def _check_item(item: Any, name: str) -> None:
     if isinstance(item, str | os.PathLike):
         _check_path(item, name)
         return
-    if isinstance(item, Image.Image):
+    if isinstance(item, (Image.Image, *ENCODED)):
         return
     if not isinstance(item, np.ndarray | torch.Tensor):
         raise TypeError(f"{name}: {item!r:.80} of type {type(item).__name__} is not an image. {ACCEPTED}")
@@ -652,18 +675,22 @@ class _NotAnImageError(ValueError):
     """A fault of a file, in words that need no introduction."""
 
 
-def _read_file(path: str | os.PathLike[str]) -> tuple[Image.Image | np.ndarray, int]:
+def _read_file(source: str | os.PathLike[str] | bytes) -> tuple[Image.Image | np.ndarray, int]:
     """Return the picture in a file, or its samples if they have more than 8 bits, and the integer that is white."""
-    status = os.stat(path)  # noqa: PTH116 (a str or a path)
-    if not stat.S_ISREG(status.st_mode):
-        # Not opened, since a pipe waits for a writer and opening a device may have an effect.
-        raise _NotAnImageError(_KINDS.get(stat.S_IFMT(status.st_mode), "is not a file."))
-    if not status.st_size:
+    if isinstance(source, bytes):
+        size = len(source)
+    else:
+        status = os.stat(source)  # noqa: PTH116 (a str or a path)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            # Not opened, since a pipe waits for a writer and opening a device may have an effect.
+            raise _NotAnImageError(_KINDS.get(stat.S_IFMT(status.st_mode), "is not a file."))
+    if not size:
         raise _NotAnImageError("the file is empty (0 bytes).")
-    with _opened(path) as picture:
+    with _opened(source) as picture:
         _check_planes(picture)
         if _rawmode(picture) in _OTHER_BYTES:
-            return _wide_colour(path), FULL_RANGE
+            return _wide_colour(source), FULL_RANGE
         return _shown(picture, in_place=True)
 
 
@@ -696,8 +723,8 @@ def _check_planes(picture: Image.Image) -> None:
         )
 
 
-def _opened(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
-    picture = Image.open(path, formats=_formats())
+def _opened(source: str | os.PathLike[str] | bytes) -> ImageFile.ImageFile:
+    picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     # Up to twice its limit PIL only warns, which does not name the file.
     if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
         picture.close()
@@ -726,12 +753,12 @@ def _rawmode(picture: Any) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _wide_colour(path: str | os.PathLike[str]) -> np.ndarray:
+def _wide_colour(source: str | os.PathLike[str] | bytes) -> np.ndarray:
     """Return a file of 16-bit colour as uint16 (H, W, 3), or as (H, W) if it is grey with alpha."""
-    with _opened(path) as picture:
+    with _opened(source) as picture:
         rawmode = _rawmode(picture)
         upper = np.asarray(_turned(picture, in_place=True)).astype(np.uint16)
-    with _opened(path) as picture:
+    with _opened(source) as picture:
         picture.tile = [_with_rawmode(tile, _OTHER_BYTES[rawmode]) for tile in picture.tile]
         lower = np.asarray(_turned(picture, in_place=True))
     if rawmode == "LA;16B":

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn import get_config
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from dfkde_sklearn._inputs import ENCODED, is_stream
 
 # Entries of a table checked at a time, so that their copies take little memory.
 _ENTRIES = 2**20
@@ -20,13 +23,21 @@ _ENTRIES = 2**20
 
 def is_matrix(X: Any) -> bool:
     """Return whether X is a feature matrix and not images; scikit-learn's validation may still refuse it."""
-    if isinstance(X, str | PathLike):
+    if isinstance(X, (str, PathLike, *ENCODED)) or is_stream(X):
         return False
     if isinstance(X, list | tuple):
         first = X[0] if X else None
-        return not (isinstance(first, str | PathLike) or depth(first) >= 2)
+        return not (isinstance(first, (str, PathLike, *ENCODED)) or depth(first) >= 2)
+    if isinstance(X, Dataset) or (hasattr(X, "column_names") and hasattr(X, "features")):
+        return False  # a data set of torch or of Hugging Face
+    if hasattr(X, "to_pylist") and not hasattr(X, "column_names"):
+        return False  # an Arrow array: scikit-learn takes no matrix of one dimension
+    if hasattr(X, "columns") and hasattr(X, "shape") and len(X.columns) == 1:
+        return is_matrix(X[X.columns[0]])
     if depth(X) >= 3:
         return False
+    if depth(X) == 0 and hasattr(X, "__getitem__") and hasattr(X, "__len__") and len(X) and not hasattr(X, "__array__"):
+        return is_matrix([X[0]])  # such as a column of Hugging Face
     if depth(X) == 1 and hasattr(X, "dtype") and not issparse(X):
         values = np.asarray(X)
         return values.dtype.kind in "biufc" or is_matrix(list(values))

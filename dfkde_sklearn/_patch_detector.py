@@ -40,6 +40,7 @@ from dfkde_sklearn._explanation import Region
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._images import as_images
+from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._maps import fine_maps, image_maps, regions_of
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
 
@@ -575,6 +576,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
                 f"resolution='image' needs features of whole images, and {self.features_!r} crops them. Fit with "
                 "crop='squash', or use resolution='grid'."
             )
+        X = repeatable(X)
         images = as_images(X, getattr(self.features_, "white_level", None))
         shapes = [images.shape(i) for i in range(len(images))]
         grid_maps = self._grid_maps(X).reshape(-1, *self.grid_shape_)
@@ -583,7 +585,11 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     def _grid_maps(self, X: Any) -> NDArray[np.floating]:
         """Return the log densities (n, P) of images or features."""
         check_is_fitted(self)
-        features = X if self.features_ is None else self._flip_averaged(self.features_.transform(X), X)
+        if self.features_ is None:
+            return self._vector_maps(self._validated(X, reset=False))
+        if self.flips is not None:
+            X = repeatable(X)
+        features = self._flip_averaged(self.features_.transform(X), X)
         return self._vector_maps(self._validated(features, reset=False))
 
     def _scores(self, maps: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -621,6 +627,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
             self.features_ = TimmFeatures(pooling=None, device=self.device)
         else:
             self.features_ = clone(self.features)
+        if self.flips is not None:
+            X = repeatable(X)
         features = self.features_.fit_transform(X)
         return self._validated(self._flip_averaged(features, X), reset=True)
 
@@ -717,6 +725,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         """Return what an exported file must answer for X."""
         from dfkde_sklearn._deploy.export import Expected
 
+        X = repeatable(X)
         grid_maps = self._grid_maps(X)
         scores: tuple[NDArray[np.floating], ...] = (self._scores(grid_maps),)
         if math.prod(self.grid_shape_) > 1:

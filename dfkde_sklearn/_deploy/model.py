@@ -106,6 +106,14 @@ class DfkdeModel(nn.Module):
         threshold_offset: float = 12.0,
     ) -> None:
         super().__init__()
+        if isinstance(layers, str | nn.Module):
+            what = f"{layers!r:.60}"
+            if isinstance(backbone, Sequence) and not isinstance(backbone, str):
+                raise TypeError(
+                    f"layers={what}, and backbone={backbone!r}: anomalib has had them in this order since 1.0. Here it "
+                    "is that of the original, DfkdeModel(layers, backbone); or name them."
+                )
+            raise TypeError(f"layers={what}. Needed is a list of names, for example layers=['layer4'].")
         if pre_processing not in SCALINGS:
             raise ValueError(f"pre_processing={pre_processing!r}. Allowed: 'scale', 'norm', or None for neither.")
         is_share = isinstance(n_comps, float | np.floating) and 0 < n_comps < 1
@@ -237,7 +245,7 @@ class DfkdeModel(nn.Module):
         Returns
         -------
         Tensor of shape (n, n_features), float32
-            A row for each image, without gradient.
+            A row for each image; with a gradient if the images require one.
         """
         if self.feature_extractor is None:
             return batch
@@ -247,8 +255,7 @@ class DfkdeModel(nn.Module):
                 f"Images of shape {tuple(batch.shape)}. Needed are {n_axes} axes, as read_images gives them; a single "
                 "image is a batch of one: image[None]."
             )
-        with torch.no_grad():
-            return self.feature_extractor(batch)
+        return self.feature_extractor(batch)
 
     def pre_process(self, feature_stack: Tensor, max_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return scaled components and the length that "scale" divides by.

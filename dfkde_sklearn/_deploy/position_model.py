@@ -83,12 +83,11 @@ class PatchDfkdeModel(nn.Module):
         Returns
         -------
         Tensor of shape (n, h, w, C)
-            A vector for each position.
+            A vector for each position; with a gradient if the images require one.
         """
         if self.feature_extractor is None:
             return batch
-        with torch.no_grad():
-            return self.feature_extractor(batch)
+        return self.feature_extractor(batch)
 
     def log_densities(self, features: Tensor) -> tuple[Tensor, ...]:
         """Return the natural logs of the densities of images, and of their positions.

@@ -6,8 +6,9 @@ import copy
 import json
 import os
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
@@ -26,6 +27,7 @@ from dfkde_sklearn._document import Check, as_json, checked_parameters, is_integ
 from dfkde_sklearn._features.cache import Cache, check_cache, feature_matrix, numerics
 from dfkde_sklearn._features.modules import FeatureModule
 from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
+from dfkde_sklearn._inputs import STREAMED, is_stream, stream_items
 
 # Pixels on a side of what an extractor resizes images to: more would not fit into memory, and a file may ask for more.
 MAX_SIDE = 2**14
@@ -82,7 +84,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         Parameters
         ----------
         X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths; a data set
+            or a stream: see :ref:`inputs`.
         y : None
             Ignored.
 
@@ -99,7 +102,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
             If pretrained weights are not on this machine and cannot be downloaded, or the cache cannot be
             written to.
         """
-        as_images(X)
+        if not is_stream(X):  # whose images would be lost
+            as_images(X)
         self._fit()
         return self
 
@@ -110,7 +114,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         Parameters
         ----------
         X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths; a data set
+            or a stream: see :ref:`inputs`.
         y : None
             Ignored.
 
@@ -124,6 +129,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         UserWarning
             If the 16-bit images stay far below the white level, or exceed it.
         """
+        if is_stream(X):
+            return self._described_stream(X, self._fit())
         images = as_images(X, self.white_level)
         features = self._described(images, self._fit())
         images.warn_of_white_level()
@@ -135,7 +142,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         Parameters
         ----------
         X : images
-            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths.
+            A list of paths, PIL images or arrays; an array or tensor of images; a folder; a column of paths; a data set
+            or a stream: see :ref:`inputs`.
 
         Returns
         -------
@@ -151,6 +159,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
             If the weights of a network have to be loaded again and are not available.
         """
         check_is_fitted(self, "n_features_out_")
+        if is_stream(X):
+            return self._described_stream(X)
         return self._described(as_images(X, self.white_level))
 
     def transform_flipped(self, X: Any, axes: tuple[int, ...]) -> NDArray[np.float32]:
@@ -310,6 +320,14 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         """Set the fitted attributes, and return the fingerprint of the network where there is one."""
         check_cache(self.cache)
         return self._set_fitted()
+
+    def _described_stream(self, X: Iterable[Any], fingerprint: str | None = None) -> NDArray[np.float32]:
+        """Return the features of the images of a stream, of which only some are in memory at a time."""
+        items = stream_items(X)
+        parts = []
+        while some := list(islice(items, STREAMED)):
+            parts.append(self._described(as_images(some, self.white_level), fingerprint))
+        return np.concatenate(parts) if parts else self._described(as_images([]))
 
     def _described(self, images: Images, fingerprint: str | None = None) -> NDArray[np.float32]:
         """Return the features of the images; a fingerprint that is known already need not be computed."""

@@ -70,7 +70,7 @@ def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Ca
     modules = dict(network.named_modules())
     hooks = [modules[layer].register_forward_hook(hook_for(layer)) for layer in layers]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not (batch.requires_grad and torch.is_grad_enabled())):
             batch = batch.to(like)
             if layers:
                 network(batch)

@@ -542,7 +542,7 @@ class TimmFeatures(FeatureExtractor):
 
         def describe(layer: str, output: Tensor) -> None:
             # Now, as a later in-place operation may overwrite the output.
-            parts[layer] = self.of_layer(layer, output)
+            parts[layer] = self.of_layer(layer, output.clone() if output.requires_grad else output)
             if len(parts) == len(layers):
                 raise LayersRead
 

@@ -106,6 +106,7 @@ class Cascade(NamedTuple):
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # kept for passes that need gradients too
 def wavelet_cascade(size: int, scales: int, orientations: int) -> Cascade:
     """Return the wavelets of all paths through images of one size.
 
@@ -233,13 +234,19 @@ def _filtered(spectra: Tensor, wavelet: Wavelet) -> Tensor:
     for rows in slice(None, bottom), slice(top, None):
         for columns in slice(None, right), slice(left, None):
             corner = ..., rows, columns
-            torch.mul(spectra[corner], wavelet.transfer[corner], out=window[corner])
+            if spectra.requires_grad:
+                window[corner] = spectra[corner] * wavelet.transfer[corner]
+            else:
+                torch.mul(spectra[corner], wavelet.transfer[corner], out=window[corner])
     return torch.fft.ifft2(window, norm="forward")
 
 
 def _modulus(maps: Tensor) -> Tensor:
     # torch.abs takes as long as the Fourier transform, as it avoids an overflow that grey levels cannot cause.
-    return torch.addcmul(maps.real.square(), maps.imag, maps.imag).sqrt_()
+    squares = torch.addcmul(maps.real.square(), maps.imag, maps.imag)
+    if squares.requires_grad:
+        squares = squares.clamp_min(torch.finfo(squares.dtype).tiny)  # the root of zero has no gradient
+    return squares.sqrt_()
 
 
 def _inside(maps: Tensor, margin: float) -> Tensor:

@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn._explanation import Explanation
 from dfkde_sklearn._images import as_images
+from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._report.gallery import checked_mask, nearest, pictures
 from dfkde_sklearn._report.quality import kinds_of_images, operating_points
 from dfkde_sklearn.datasets._mvtec import NORMAL
@@ -649,6 +650,7 @@ class AnomalyMapDisplay:
             raise TypeError(f"{type(detector).__name__} has no maps: fit a PatchDFKDEDetector, or draw a ScoreDisplay.")
         if detector.features_ is None:
             raise TypeError("The detector was fitted on features, and there are no images to draw. Fit it on images.")
+        X = repeatable(X)
         images = as_images(X, getattr(detector.features_, "white_level", None))
         assessment, maps = detector.assess_with_maps(X, resolution="grid")
         titles = [

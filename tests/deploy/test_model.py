@@ -570,3 +570,10 @@ def test_nothing_is_left_loaded_for_a_module():
     before = dict(backbones._loaded)
     DfkdeModel(["0"], nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     assert dict(backbones._loaded) == before
+
+
+def test_the_order_of_newer_versions_of_anomalib_is_an_error_that_says_so():
+    with pytest.raises(TypeError, match=r"since 1\.0"):
+        DfkdeModel("test_resnet", ["layer3"], False)
+    with pytest.raises(TypeError, match=r"layers=\['layer4'\]"):
+        DfkdeModel("layer3", "test_resnet", False)

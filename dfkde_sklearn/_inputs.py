@@ -1,0 +1,193 @@
+"""Containers of images that people have, as what :func:`dfkde_sklearn._images.as_images` reads one by one.
+
+Of all of them only the images are taken: labels beside them are left out, as an outlier detector learns from none.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+# Images of a stream that are in memory at a time, where one pass suffices.
+STREAMED = 256
+ENCODED = (bytes, bytearray, memoryview, io.IOBase)
+_WILDCARDS = frozenset("*?[")
+
+
+class Lazy(Sequence[Any]):
+    """Images that are fetched at each access, such as those of a data set that decodes them.
+
+    Parameters
+    ----------
+    n : int
+        Their number.
+    fetch : callable
+        From a position to an image.
+    """
+
+    def __init__(self, n: int, fetch: Callable[[int], Any]) -> None:
+        self._n = n
+        self._fetch = fetch
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the image at a position."""
+        return self._fetch(range(self._n)[index])
+
+
+def unpacked(X: Any) -> Any:
+    """Return what a container of images holds.
+
+    Parameters
+    ----------
+    X : object
+        A frame of one column, an Arrow array, a data set of Hugging Face or torch, a pattern of paths, a stream, or
+        what needs no unpacking.
+
+    Returns
+    -------
+    object
+        A list, array, tensor, path or `Lazy`, or X itself.
+
+    Raises
+    ------
+    TypeError
+        If a container has several columns, or items that are no images.
+    ValueError
+        If a pattern fits no file.
+    """
+    if isinstance(X, str) and _WILDCARDS & set(X) and not os.path.exists(X):  # noqa: PTH110 (folders may have such names)
+        return _matching(X)
+    if isinstance(X, ENCODED):
+        return [X]
+    if isinstance(X, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | list | tuple):
+        return X
+    if hasattr(X, "to_pylist"):  # Arrow arrays, without importing it
+        if hasattr(X, "column_names"):
+            raise TypeError(_several(X, list(X.column_names), "X.column('path')"))
+        return X.to_pylist()
+    if hasattr(X, "column_names") and hasattr(X, "features"):
+        return _of_hugging_face(X)
+    if hasattr(X, "columns") and hasattr(X, "shape"):
+        if len(X.columns) != 1:
+            raise TypeError(_several(X, list(X.columns), "X['path']"))
+        return X[X.columns[0]].to_list()
+    if hasattr(X, "to_list"):  # a Series of pandas or polars, without importing either
+        return X.to_list()
+    if hasattr(X, "samples") and hasattr(X, "loader"):
+        return _of_folder(X)
+    if is_stream(X):
+        return list(stream_items(X))
+    if hasattr(X, "__getitem__") and hasattr(X, "__len__") and not isinstance(X, dict | set):
+        return Lazy(len(X), lambda i: _image_of(X[i], f"images[{i}]"))
+    return X
+
+
+def is_stream(X: Any) -> bool:
+    """Return whether X can only be iterated over, such as a generator or a ``DataLoader`` of torch."""
+    if isinstance(X, (str, os.PathLike, dict, set, np.ndarray, torch.Tensor, Image.Image, *ENCODED)):
+        return False
+    # Sparse matrices can be iterated over, and have a shape.
+    is_indexed = hasattr(X, "__getitem__") or hasattr(X, "shape")
+    return isinstance(X, IterableDataset) or (isinstance(X, Iterable) and not is_indexed)
+
+
+def repeatable(X: Any) -> Any:
+    """Return X, or a list of its images where it is a stream, which can be read once only."""
+    return list(stream_items(X)) if is_stream(X) else X
+
+
+def stream_items(X: Iterable[Any]) -> Iterator[Any]:
+    """Yield the images of a stream.
+
+    Parameters
+    ----------
+    X : iterable
+        Of images; of pairs of an image and a label; or of batches of either: tensors and arrays of four dimensions,
+        and lists.
+
+    Yields
+    ------
+    object
+        An image each.
+
+    Raises
+    ------
+    TypeError
+        If an item is nothing of this.
+    """
+    for number, item in enumerate(X):
+        found = _image_of(item, f"item {number} of the stream")
+        if isinstance(found, list) or (isinstance(found, np.ndarray | torch.Tensor) and found.ndim == 4):
+            yield from found
+        else:
+            yield found
+
+
+def _image_of(item: Any, name: str) -> Any:
+    """Return an image, or a batch of images, without its label."""
+    if isinstance(item, dict):
+        images = {key: value for key, value in item.items() if _is_image(value)}
+        if len(images) != 1:
+            raise TypeError(
+                f"{name} has {len(images)} images, under the keys {list(images)} of {list(item)}. Give an iterable of "
+                "images, for example (row['image'] for row in X)."
+            )
+        return next(iter(images.values()))
+    if isinstance(item, tuple | list):
+        if item and all(map(_is_image, item)):
+            return list(item)
+        if item and (_is_image(item[0]) or (isinstance(item[0], list | tuple) and all(map(_is_image, item[0])))):
+            return list(item[0]) if isinstance(item[0], tuple) else item[0]
+        raise TypeError(f"{name} is a {type(item).__name__} without images: {item!r:.80}.")
+    return item
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.ndim >= 2
+    return isinstance(value, (str, os.PathLike, Image.Image, *ENCODED))
+
+
+def _matching(pattern: str) -> list[str]:
+    """Return the files that fit a pattern, in order of their paths."""
+    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))  # noqa: PTH113, PTH207
+    if not files:
+        raise ValueError(f"images: no file fits the pattern {pattern!r}. '**' stands for any number of folders.")
+    return files
+
+
+def _several(X: Any, columns: list[Any], example: str) -> str:
+    return (
+        f"images: a {type(X).__name__} with columns {columns[:5]}. Pass the column of paths or images instead, for "
+        f"example {example}."
+    )
+
+
+def _of_hugging_face(X: Any) -> Lazy:
+    """Return the images of a `Dataset` of Hugging Face that has one column of them."""
+    names = [name for name in X.column_names if type(X.features[name]).__name__ == "Image"]
+    if len(names) != 1:
+        raise TypeError(_several(X, list(X.column_names), f"X[{(names or ['image'])[0]!r}]"))
+    column = X.select_columns(names)
+    return Lazy(len(X), lambda i: column[i][names[0]])
+
+
+def _of_folder(X: Any) -> list[Any]:
+    """Return the paths of torchvision's `ImageFolder`, or of another `DatasetFolder`."""
+    if getattr(X, "transform", None) is not None:
+        raise ValueError(
+            f"images: a {type(X).__name__} with transform={X.transform!r:.80}, which would not be applied: feature "
+            "extractors resize and normalise images themselves. Make it without transform."
+        )
+    return [path for path, _ in X.samples]
