@@ -23,7 +23,7 @@ def main() -> int:
     from dfkde_sklearn._cli.main import parser, run
 
     options = parser().parse_args()
-    import dfkde_sklearn._patch_detector  # noqa: F401 (PyTorch with it, which takes seconds)
+    from dfkde_sklearn import PatchDFKDEDetector  # noqa: F401 (imports PyTorch, which takes seconds)
 
     try:
         if is_ours:

@@ -143,8 +143,8 @@ def add_quiet_argument(command: argparse.ArgumentParser) -> None:
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return the options of these names that were given; the others are left to the defaults of Python."""
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    """Return the options of these names that the command has and that were given; the others are left to Python."""
+    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from dfkde_sklearn._cli.arguments import (
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new
 from dfkde_sklearn._cli.groups import add_groups_argument, image_groups
-from dfkde_sklearn._cli.images import add_images_argument, folders_of
+from dfkde_sklearn._cli.images import add_images_argument, described
 from dfkde_sklearn._cli.models import MODEL, save_detector
 from dfkde_sklearn._cli.output import print_facts, print_table, say
 from dfkde_sklearn._cli.training import (
@@ -118,9 +118,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         random_state=options.seed,
     )
-    source = f"{len(train)} images in {folders_of(train)}"
-    if groups is not None:
-        source += f", of {len(set(groups))} parts"
+    source = described(train, groups)
     say(options, f"Fitting a detector to {source}")
     with weights_advice(WEIGHTS_ADVICE):
         detector.fit(train, groups=groups)

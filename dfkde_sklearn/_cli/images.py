@@ -83,6 +83,12 @@ def paths_at(source: str) -> list[str]:
     return [images.name(i) for i in range(len(images))]
 
 
+def described(paths: Sequence[str], groups: Sequence[str] | None) -> str:
+    """Return in a few words which images there are, and of how many groups."""
+    parts = "" if groups is None else f", of {len(set(groups))} parts"
+    return f"{len(paths)} images in {folders_of(paths)}{parts}"
+
+
 def folders_of(paths: Sequence[str]) -> str:
     """Return how many folders the images are in: folders by accident would go unnoticed."""
     n_folders = len({Path(path).parent for path in paths})

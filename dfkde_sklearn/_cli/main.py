@@ -16,11 +16,22 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._cli import cache, demo, evaluate, fit, info, score
+from dfkde_sklearn._cli import cache, demo, evaluate, export, fit, info, layers, recalibrate, score
 from dfkde_sklearn._cli.exit_codes import FAILED, INTERRUPTED, READER_GONE
 from dfkde_sklearn._cli.output import one_line, print_message, silence
 
-COMMANDS = {"demo": demo, "fit": fit, "score": score, "evaluate": evaluate, "info": info, "cache": cache}
+# In the order in which they are used.
+COMMANDS = {
+    "demo": demo,
+    "layers": layers,
+    "fit": fit,
+    "score": score,
+    "evaluate": evaluate,
+    "recalibrate": recalibrate,
+    "export": export,
+    "info": info,
+    "cache": cache,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

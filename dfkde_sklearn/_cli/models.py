@@ -32,10 +32,15 @@ def add_model_argument(command: argparse.ArgumentParser) -> None:
 def add_extractor_arguments(command: argparse.ArgumentParser) -> None:
     """Add what a model file does not say of its feature extractor."""
     group = command.add_argument_group("the feature extractor")
+    add_weights_argument(group)
+    add_run_arguments(group)
+
+
+def add_weights_argument(group: Any) -> None:
+    """Add --weights."""
     group.add_argument(
         "--weights", metavar="FILE", help="the weights of the backbone, if they have moved since the fit"
     )
-    add_run_arguments(group)
 
 
 def loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDetector:
