@@ -549,10 +549,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         return lowest_mean(torch.from_numpy(maps), self.n_lowest).numpy()
 
     def _normalization_strength(self) -> float:
-        if self.normalization != "auto":
-            return float(self.normalization)
-        # Logarithms, as of wavelets, have lost their scale already: removing more of it hides defects.
-        return _OF_NETWORKS if type(self.features_).__name__ == "TimmFeatures" else 0.0
+        return normalization_for(self.features_) if self.normalization == "auto" else float(self.normalization)
 
     @torch.inference_mode()
     def _vector_maps(self, vectors: NDArray[np.number]) -> NDArray[np.floating]:
@@ -688,6 +685,12 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     def _density_device(self) -> torch.device:
         device = as_device(self.device)
         return torch.device("cpu") if device.type == "mps" else device
+
+
+def normalization_for(extractor: Any) -> float:
+    """Return the strength of the normalisation of a feature extractor's features with "auto"."""
+    # Logarithms, as of wavelets, have lost their scale already: removing more of it hides defects.
+    return _OF_NETWORKS if type(extractor).__name__ == "TimmFeatures" else 0.0
 
 
 def _attribute(name: str) -> str:

@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
         expected = detector._exported_answers(paths)
     say(options, f"Writing {output}{', and running it' if paths else ''}")
     write = write_onnx if kind == ".onnx" else write_program
-    agreement = write(detector.to_torch(), output, shape, expected, options.tolerance)
+    model: Any = detector.to_torch()
+    agreement = write(model, output, shape, expected, options.tolerance)
 
     h, w = shape or detector.features_.input_size_
     print_facts(

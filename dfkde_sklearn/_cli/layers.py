@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
         help="list the layers of a backbone",
         description="List the layers of a backbone that dfkde fit --layers takes, with the number of channels and the "
         "grid of positions of each. Needs no weights, and downloads nothing.",
-        epilog="Example: dfkde layers resnet18, and then dfkde fit parts/good --features resnet18 --layers layer2,layer3",
+        epilog="Example: dfkde layers resnet18, then dfkde fit parts/good --features resnet18 --layers layer2,layer3",
     )
     command.add_argument("backbone", metavar="BACKBONE", help="the name of a model of timm")
     command.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width of the images")

@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
         description="Take the scores of new good images into the calibration of a model, and move its threshold and "
         "its p-values with them; what it has learnt of good parts stays. Give all good images of some time, and the "
         "false-alarm rate stays what fit was asked for. Of false alarms alone, the threshold falls below that.",
-        epilog="Example: dfkde recalibrate dfkde-model.safetensors good/2025-06 -o june.safetensors. Images of the fit, "
-        "and images that were taken in before, do not belong among them. A file of dfkde score --monitor belongs to "
+        epilog="Example: dfkde recalibrate dfkde-model.safetensors good/2025-06 -o june.safetensors. Images of the "
+        "fit, and images that were taken in before, do not belong among them. A file of dfkde score --monitor belongs to "
         "the model as it was: begin a new one.",
     )
     add_model_argument(command)

@@ -240,8 +240,9 @@ def _check(
         is_wrong = difference > allowed
         if is_wrong.any():
             worst = np.unravel_index(np.argmax(np.where(is_wrong, difference, -1)), difference.shape)
+            which = f"check[{worst[0]}]{_path(reference.X, worst[0])}"
             raise ValueError(
-                f"The exported file is not the detector: check[{worst[0]}]{_named(reference.X, worst[0])} has {name} {actual[worst]:.9g} in {runtime} "
+                f"The exported file is not the detector: {which} has {name} {actual[worst]:.9g} in {runtime} "
                 f"and {expected[worst]:.9g} in the detector, which is off by {difference[worst]:.3g}; allowed: "
                 f"{allowed[worst]:.3g}. {is_wrong.sum()} of {is_wrong.size} differ. Nothing was written. Try "
                 "other versions of torch, onnx and onnxscript, or keep the detector with save()."
@@ -253,7 +254,7 @@ def _check(
     return Agreement(len(scores), largest, tolerance, n_labels)
 
 
-def _named(X: Any, index: Any) -> str:
+def _path(X: Any, index: Any) -> str:
     """Return the path of an image, in parentheses; nothing where it has none."""
     return f" ({os.fspath(X[index])})" if isinstance(X, list) and isinstance(X[index], str | os.PathLike) else ""
 

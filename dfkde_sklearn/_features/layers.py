@@ -55,7 +55,10 @@ class LayerFormat(NamedTuple):
 
 
 def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
-    """Run a forward pass and call ``visit(name, output)`` when a layer returns, or with the embedding."""
+    """Run a forward pass and call ``visit(name, output)`` when a layer returns.
+
+    "" among the layers, or no layer at all, is the embedding.
+    """
     like = _weight(network, batch)
     thread = threading.get_ident()
 
@@ -68,11 +71,11 @@ def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Ca
         return hook
 
     modules = dict(network.named_modules())
-    hooks = [modules[layer].register_forward_hook(hook_for(layer)) for layer in layers]
+    hooks = [modules[layer].register_forward_hook(hook_for(layer)) for layer in layers if layer]
     try:
         with torch.inference_mode():
             batch = batch.to(like)
-            if layers:
+            if layers and "" not in layers:
                 network(batch)
             else:
                 visit("", embedding(network, batch))
