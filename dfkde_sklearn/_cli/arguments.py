@@ -108,7 +108,7 @@ def detector_parameters(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_run_arguments(group: Any) -> None:
     """Add the parameters of a feature extractor that do not change the features."""
-    group.add_argument("--batch-size", type=int, metavar="N", help="images in a batch; does not change the result")
+    add_batch_size_argument(group)
     group.add_argument(
         "--cache",
         type=Path,
@@ -117,6 +117,11 @@ def add_run_arguments(group: Any) -> None:
         "see dfkde cache",
     )
     add_reading_arguments(group)
+
+
+def add_batch_size_argument(group: Any) -> None:
+    """Add --batch-size."""
+    group.add_argument("--batch-size", type=int, metavar="N", help="images in a batch; does not change the result")
 
 
 def add_reading_arguments(group: Any) -> None:

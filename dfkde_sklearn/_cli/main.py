@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._cli import cache, demo, evaluate, export, fit, info, layers, recalibrate, score
+from dfkde_sklearn._cli import cache, demo, evaluate, export, fit, info, layers, recalibrate, score, search
 from dfkde_sklearn._cli.exit_codes import FAILED, INTERRUPTED, READER_GONE
 from dfkde_sklearn._cli.output import one_line, print_message, silence
 
@@ -24,6 +24,7 @@ from dfkde_sklearn._cli.output import one_line, print_message, silence
 COMMANDS = {
     "demo": demo,
     "layers": layers,
+    "search": search,
     "fit": fit,
     "score": score,
     "evaluate": evaluate,

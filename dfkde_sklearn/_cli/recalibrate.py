@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "its p-values with them; what it has learnt of good parts stays. Give all good images of some time, and the "
         "false-alarm rate stays what fit was asked for. Of false alarms alone, the threshold falls below that.",
         epilog="Example: dfkde recalibrate dfkde-model.safetensors good/2025-06 -o june.safetensors. Images of the "
-        "fit, and images that were taken in before, do not belong among them. A file of dfkde score --monitor belongs to "
+        "fit, and images taken in before, do not belong among them. A file of dfkde score --monitor belongs to "
         "the model as it was: begin a new one.",
     )
     add_model_argument(command)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dfkde_sklearn import ScatteringFeatures, TimmFeatures
 
-SCATTERING = "scattering"
+SCATTERING, DEFAULT_FEATURES = "scattering", "resnet18.tv_in1k"
 CROPS = ("squash", "center", "border")
 # For `weights_advice`.
 WEIGHTS_ADVICE = "On the command line: --weights FILE, or --features scattering, which needs no weights."
@@ -27,7 +27,7 @@ def add_features_arguments(group: Any) -> None:
     """Add the parameters of the feature extractor that decide what the features are, beside its layers."""
     group.add_argument(
         "--features",
-        default="resnet18.tv_in1k",
+        default=DEFAULT_FEATURES,
         metavar="NAME",
         help="a pretrained backbone of timm, whose weights are downloaded at the first use; or `scattering`: fixed "
         "filters, which need no download and usually detect fewer defects (default: %(default)s)",
