@@ -224,31 +224,41 @@ def _extractors(options: argparse.Namespace) -> dict[str, Any]:
     """Return fitted feature extractors, which differ in their layers, by the names of these."""
     from dfkde_sklearn._features.layers import feature_stages
 
-    found = {}
-    chosen: list[list[str] | None] = [None] if options.layers is None else list(options.layers)
-    for layers_ in chosen:
-        extractor: Any = feature_extractor(options, layers_)
-        extractor._validate_params()
-        extractor._fit()
-        found[_name(extractor)] = extractor
-    if options.layers is None and options.features != SCATTERING:
-        with extractor._lent_backbone() as backbone:
+    if options.features == SCATTERING:
+        # It has no layers, and says so where some are given.
+        return {SCATTERING: _fitted(options, options.layers[0] if options.layers else None)}
+    try:
+        default = _fitted(options, None)
+    except ValueError:
+        # A network that states no default layers.
+        if options.layers is None:
+            raise
+        default = None
+    if options.layers is not None:
+        sets = options.layers
+    else:
+        with default._lent_backbone() as backbone:
             stages = feature_stages(backbone.network)
-        for layers_ in _layer_sets(stages, STRIDES[options.detector]):
-            if ",".join(layers_) not in found:
-                extractor = feature_extractor(options, layers_)
-                extractor._fit()
-                found[_name(extractor)] = extractor
-    return found
+        sets = [default.layers_, *_layer_sets(stages, STRIDES[options.detector])]
+    extractors = [
+        default if default is not None and layers_ == default.layers_ else _fitted(options, layers_) for layers_ in sets
+    ]
+    return {_name(extractor): extractor for extractor in extractors}
+
+
+def _fitted(options: argparse.Namespace, layers_: list[str] | None) -> Any:
+    extractor: Any = feature_extractor(options, layers_)
+    extractor._validate_params()
+    extractor._fit()
+    return extractor
 
 
 def _name(extractor: Any) -> str:
-    layers_ = getattr(extractor, "layers_", None)
-    return SCATTERING if layers_ is None else ",".join(layers_) or "pooled embedding"
+    return ",".join(extractor.layers_) or "pooled embedding"
 
 
 def _layer_sets(stages: dict[str, int], strides: Sequence[int]) -> list[list[str]]:
-    """Return the layers that are tried, from the strides of the stages of a network, and those that are of interest."""
+    """Return the layers that are tried, from the strides of the stages of a network and those of interest."""
     names = list(stages)
     if len(set(stages.values())) == 1:
         # Of a transformer, whose blocks have one stride, three depths.

@@ -1,5 +1,8 @@
 """Images and models for the tests of the command line."""
 
+import shutil
+from pathlib import Path
+
 import joblib
 import numpy as np
 import pytest
@@ -47,14 +50,21 @@ def positions(textures, tmp_path_factory):
     return model
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """A file of random weights of a tiny network."""
+@pytest.fixture(scope="session")
+def shared_weights(tmp_path_factory):
+    """A file of random weights of a tiny network, which stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = timm.create_model("test_resnet", num_classes=0)
-    safetensors.torch.save_file(network.state_dict(), tmp_path / "tiny.safetensors")
-    return tmp_path / "tiny.safetensors"
+    file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    safetensors.torch.save_file(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def weights(shared_weights, tmp_path):
+    """A copy of it, which may be moved or removed."""
+    return Path(shutil.copy(shared_weights, tmp_path))
 
 
 @pytest.fixture

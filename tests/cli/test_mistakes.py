@@ -74,6 +74,31 @@ MISTAKES = {
     "info {odd}/cut": "or it is damaged",
     "info {odd}/older": "is a pickle.*fit it again",
     "info {odd}/missing": "MODEL .*missing: there is no such file",
+    "evaluate {model} {images} --files-from no.txt": "No such file or directory: 'no.txt'",
+    "score {model} --files-from {odd}/none": "Is a directory",
+    "score {model} {images} --target-fpr 5": "5 is not a rate between 0 and 1: 0.05 is 5 %",
+    "score {model} {images} --target-fpr 0.1 --fdr 0.1": "not allowed with argument",
+    "score {model} {images} --fdr 0.3 --confidence 0.9": "--confidence is that of --target-fpr",
+    "score {model} {images} --confidence 0.99": "at least 90 good .* there are 60",
+    "score {model} {images} --groups folder": "Give one of them too",
+    "score {model} {images} --fdr 0.3 --groups x[0-9]y": "does not match",
+    "score {model} {images} --top 0": "'0' is not a whole number of at least 1",
+    "score {model} {images} --top 3 --sort input": "not allowed with argument",
+    "score {model} {images} --csv - --json -": "--csv and --json both print the table",
+    "score {model} {images} --parquet -": "Name a file",
+    "score {model} {images} --csv {model} --force": "MODEL and --csv name the same file",
+    "score {model} {images} --json a.json --jsonl ./a.json": "--json and --jsonl name the same file",
+    "score {model}": "the following arguments are required: IMAGES",
+    "export {model} -o model.txt": r"ends in \.onnx or in \.pt2",
+    "export {model} -o model.onnx": "cannot be exported: other runtimes lack its complex Fourier transforms",
+    "export {model} -o model.onnx --check {odd}/none": "no image file in the folder",
+    "export {model} -o model.onnx --tolerance 0.1": "is that of --check",
+    "export {odd}/matrix -o model.onnx": "fitted on a feature matrix",
+    "recalibrate {model} {odd}/missing": "neither a folder nor a file",
+    "recalibrate {odd}/matrix {images}": "fitted on a feature matrix",
+    "layers resnet1": "is not a model of timm. Did you mean 'resnet18'",
+    "search {odd}/single": "1 good images are too few for a search: at least 12",
+    "search {images} --features test_resnet --weights no.safetensors": "no.safetensors': there is no such file",
     "demo --out sheet.jpg": r"ends in \.png",
 }
 
@@ -82,7 +107,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_on_standard_error(mistake, fitted, textures, odd, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [part.format(odd=odd, model=fitted, images=textures) for part in mistake.split()]
-    assert run(*arguments, *([] if arguments[0] == "info" else ["--quiet"])) == 2
+    assert run(*arguments, *([] if arguments[0] in ("info", "layers") else ["--quiet"])) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()

@@ -1,12 +1,17 @@
 """``dfkde score``."""
 
 import csv
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import polars
 import pytest
 from command_line import SCATTERING, rows_of, run
 from PIL import Image
+from sklearn.base import clone
 
 from dfkde_sklearn import DFKDEDetector, DriftMonitor, PatchDFKDEDetector
 from dfkde_sklearn._features import scattering
@@ -45,16 +50,6 @@ def test_score_prints_the_worst_images_first(fitted, textures, capsys):
     scores = [float(line.split()[1]) for line in lines]
     assert len(scores) == 40
     assert scores == sorted(scores)
-
-
-def test_csv_on_standard_output_is_the_file(fitted, textures, tmp_path, capsys):
-    images = textures / "test" / "good"
-    assert run("score", fitted, images, "--csv", tmp_path / "table.csv") == 0
-    capsys.readouterr()
-    assert run("score", fitted, images, "--csv", "-", "--quiet") == 0
-    captured = capsys.readouterr()
-    assert captured.out == (tmp_path / "table.csv").read_text()
-    assert captured.err == ""
 
 
 def test_score_draws_the_worst_images(fitted, textures, tmp_path):
@@ -203,3 +198,135 @@ def test_a_skipped_image_is_named_on_standard_error_and_in_the_table(fitted, wit
 def test_only_broken_images_are_an_error_even_where_they_are_skipped(fitted, with_broken, capsys):
     assert run("score", fitted, with_broken / "b.png", "--skip-broken") == 2
     assert "None of the 1 images can be read" in capsys.readouterr().err
+
+
+# Tables
+
+
+def test_all_tables_hold_the_same_rows(fitted, textures, with_broken, tmp_path):
+    files = {kind: tmp_path / f"table.{kind}" for kind in ("csv", "json", "jsonl", "parquet")}
+    arguments = [word for kind, file in files.items() for word in (f"--{kind}", file)]
+    assert run("score", fitted, textures / "test", with_broken, "--skip-broken", *arguments) == 0
+    expected = rows_of(files["csv"])
+    assert len(expected) == 43
+    found = {
+        "json": json.loads(files["json"].read_text()),
+        "jsonl": [json.loads(line) for line in files["jsonl"].read_text().splitlines()],
+        "parquet": polars.read_parquet(files["parquet"]).to_dicts(),
+    }
+    for kind, rows in found.items():
+        as_text = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+        assert as_text == expected, kind
+    assert found["json"][0]["score"] is None
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_table_on_standard_output_is_the_file(kind, fitted, textures, tmp_path, capsys):
+    images = textures / "test" / "good"
+    assert run("score", fitted, images, f"--{kind}", tmp_path / "table") == 0
+    capsys.readouterr()
+    assert run("score", fitted, images, f"--{kind}", "-", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "table").read_text()
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("missing", [["pyarrow"], ["polars"], ["pyarrow", "polars"]])
+def test_parquet_is_written_by_the_library_that_is_installed(missing, fitted, textures, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "table.parquet"
+    images = textures / "test" / "good"
+    with monkeypatch.context() as patch:
+        for name in missing:
+            patch.setitem(sys.modules, name, None)
+        code = run("score", fitted, images, "--parquet", file, "--csv", tmp_path / "table.csv")
+    if len(missing) == 2:
+        assert code == 2
+        assert "pip install 'dfkde-sklearn[parquet]'" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+    else:
+        assert code == 0
+        paths = polars.read_parquet(file)["path"].to_list()
+        assert paths == [row["path"] for row in rows_of(tmp_path / "table.csv")]
+
+
+def test_the_top_is_printed_and_the_file_holds_all(fitted, textures, tmp_path, capsys):
+    assert run("score", fitted, textures / "test") == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert run("score", fitted, textures / "test", "--top", "3", "--csv", tmp_path / "table.csv") == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [line.split() for line in whole[:4]]
+    assert len(rows_of(tmp_path / "table.csv")) == 40
+    assert run("score", fitted, textures / "test", "--top", "3", "--jsonl", "-") == 0
+    printed = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [line.split()[0] for line in whole[1:4]]
+
+
+def test_head_leaves_a_whole_table(fitted, textures, tmp_path):
+    table = tmp_path / "table.csv"
+    program = [sys.executable, "-m", "dfkde_sklearn", "score", fitted, textures / "test", "--csv", table]
+    with subprocess.Popen(list(map(str, program)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"path")
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+    assert len(rows_of(table)) == 40
+
+
+# Thresholds and parts
+
+
+@pytest.mark.parametrize("given", [{"target_fpr": 0.3}, {"target_fpr": 0.2, "confidence": 0.9}, {"confidence": 0.8}])
+def test_the_threshold_of_a_run_is_the_one_of_a_fit(given, fitted, textures, tmp_path, capsys):
+    before = fitted.read_bytes()
+    arguments = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert run("score", fitted, textures / "test", *arguments, "--csv", tmp_path / "t.csv", "--sort", "input") == 0
+    assert fitted.read_bytes() == before
+    fitted_so = clone(DFKDEDetector.load(fitted)).set_params(**given).fit(str(textures / "train" / "good"))
+    assert f"Threshold for this run: {fitted_so.offset_:.2f}" in capsys.readouterr().err
+    rows = rows_of(tmp_path / "t.csv")
+    expected = fitted_so.assess([row["path"] for row in rows])
+    assert [row["verdict"] == "anomalous" for row in rows] == (expected.label == -1).tolist()
+    np.testing.assert_allclose([float(row["p_anomalous"]) for row in rows], expected.p_anomalous, rtol=1e-5)
+
+
+def test_a_threshold_that_contamination_set_is_not_moved(textures, tmp_path, capsys):
+    good = textures / "train" / "good"
+    assert run("fit", good, *SCATTERING, "--contamination", "0.1", "-o", tmp_path / "model") == 0
+    assert run("score", tmp_path / "model", good, "--target-fpr", "0.1") == 2
+    assert "contamination=0.1 sets the threshold, and target_fpr moves one" in capsys.readouterr().err
+
+
+@pytest.fixture
+def parts(textures):
+    """Images of parts, several of each, and the rule that says which."""
+    images = [str(path) for kind in ("good", "hole") for path in sorted((textures / "test" / kind).iterdir())]
+    # Ten images in each: 000 to 009, 010 to 019.
+    return images, r"(\w+/\d\d)\d\.png", [path[-len("good/000.png") : -len("0.png")] for path in images]
+
+
+def test_parts_are_selected_by_their_lowest_scores(fitted, parts, tmp_path):
+    images, rule, groups = parts
+    arguments = ("--fdr", "0.5", "--groups", rule, "--sort", "input", "--csv", tmp_path / "table.csv")
+    assert run("score", fitted, *images, *arguments) == 0
+    selected = [row["verdict"] == "anomalous" for row in rows_of(tmp_path / "table.csv")]
+    assert selected == DFKDEDetector.load(fitted).select(images, fdr=0.5, groups=groups).tolist()
+    assert any(selected)
+
+
+def test_the_monitor_counts_parts(fitted, parts, with_broken, tmp_path):
+    images, rule, groups = parts
+    broken = with_broken / "b.png"
+    arguments = ("--monitor", tmp_path / "monitor.json", "--groups", rf"{rule}|b\.png", "--skip-broken")
+    assert run("score", fitted, *images, broken, *arguments) == 0
+    detector = DFKDEDetector.load(fitted)
+    expected = DriftMonitor(detector).update(images, groups=groups)
+    monitor = DriftMonitor.load(tmp_path / "monitor.json", detector)
+    assert monitor.n_seen_ == len(set(groups)) == 4
+    assert monitor.history_ == expected.history_
+
+
+def test_the_model_is_read_once(fitted, textures, monkeypatch):
+    read, whole = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
+    assert run("score", fitted, textures / "test" / "good") == 0
+    assert read.count(fitted) == 1
