@@ -138,7 +138,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--max-images",
         type=positive,
-        default=200,
+        default=100,
         metavar="N",
         help="good images that are used for the search, evenly drawn (default: %(default)s)",
     )
