@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.position_model import PatchDfkdeModel
 
-# Refits of which each leaves out a fold of the training images.
-_N_FOLDS = 10
 # A fit without a fold needs two images that differ.
 _MIN_IMAGES = 3
 # Images scored at a time, so that their copies take little memory.
@@ -200,6 +198,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     # The public path, which pickles and lists of trusted types name.
     __module__ = "dfkde_sklearn"
     _saved_as = "PatchDFKDEDetector"
+    # Refits of which each leaves out a fold of the training images.
+    _n_folds: ClassVar[int] = 10
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "features": [StrOptions({"auto"}), HasMethods(["fit", "transform"]), None],
@@ -334,7 +334,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
                 f"{_MIN_IMAGES - 1} others. Give good examples of more parts."
             )
         if groups is None:
-            warn_of_near_duplicates(images.reshape(len(drawn), -1), "images", _N_FOLDS)
+            warn_of_near_duplicates(images.reshape(len(drawn), -1), "images", self._n_folds)
         contamination = 0.0 if self.contamination == "auto" else float(self.contamination)
         device = self._density_device()
         training = fit_positions(
@@ -501,7 +501,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
             self.bandwidth,
             self._normalization_strength(),
             self.n_lowest,
-            _N_FOLDS,
+            self._n_folds,
             working_memory(),
         )
 

@@ -316,6 +316,9 @@ def _candidates(
             fixed = {} if options.detector == POOLED else {"normalization": normalization_for(extractor)}
             for parameters in settings:
                 detector = kind(features=None, **parameters, **fixed, device=options.device, random_state=0)
+                if options.detector == POSITIONS:
+                    # Of no interest here is the threshold, for which a fit would refit ten times.
+                    detector._n_folds = 2
                 start, aurocs = time.perf_counter(), []
                 for train, held_out in splits:
                     of_train = None if groups is None else np.array(groups)[train]
