@@ -20,12 +20,15 @@ def main() -> int:
         # During the imports the signal ends the process: there is nothing to clean up, and a module that is being
         # imported may catch the exception.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from dfkde_sklearn._cli.main import main as run
+    from dfkde_sklearn._cli.main import parser, run
+
+    options = parser().parse_args()
+    from dfkde_sklearn import PatchDFKDEDetector  # noqa: F401 (imports PyTorch, which takes seconds)
 
     try:
         if is_ours:
             signal.signal(signal.SIGINT, _interrupt)
-        code = run()
+        code = run(options)
     except KeyboardInterrupt:
         code = INTERRUPTED
     if is_ours:

@@ -6,9 +6,10 @@ rows.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -292,12 +293,7 @@ class CalibratedOutlierMixin(OutlierMixin):
         """
         check_is_fitted(self)
         self._validate_params()
-        for name in ("contamination", "threshold_offset"):
-            if getattr(self, name) != "auto":
-                raise ValueError(
-                    f"{name}={getattr(self, name)} sets the threshold, and recalibrate moves one that target_fpr sets. "
-                    f"Fit with {name}='auto'."
-                )
+        self._check_promised("recalibrate")
         new_scores = self.score_samples(X_good)
         n = len(new_scores)
         new_groups = np.arange(n) if groups is None else group_numbers(groups, n)
@@ -331,6 +327,29 @@ class CalibratedOutlierMixin(OutlierMixin):
             logistic(-margins, self.threshold_steepness),
             labels(margins),
         )
+
+    def _with_threshold(self, promises: Mapping[str, float]) -> Self:
+        """Return a copy with the threshold that `fit` would make of the calibration scores with other parameters.
+
+        `promises` are those among "target_fpr" and "confidence".
+        """
+        check_is_fitted(self)
+        self._check_promised(" and ".join(promises))
+        moved = copy.copy(self)
+        for name, value in promises.items():
+            setattr(moved, name, value)
+        moved._validate_params()
+        moved.offset_ = moved._promised_threshold(self.calibration_scores_, self.calibration_groups_)
+        return moved
+
+    def _check_promised(self, mover: str) -> None:
+        """Raise a ValueError if the threshold is not one that `target_fpr` has set; `mover` is what would move it."""
+        for name in ("contamination", "threshold_offset"):
+            if getattr(self, name) != "auto":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} sets the threshold, and {mover} moves one that target_fpr sets. "
+                    f"Fit with {name}='auto'."
+                )
 
     def _check_fdr(self, fdr: float) -> None:
         """Raise a ValueError if no batch can be selected from with this false discovery rate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import heapq
 import io
@@ -538,7 +539,40 @@ def image_batches(
             progress.update(len(batch))
 
 
+def matching_files(pattern: str) -> list[str]:
+    """Return the images that a pattern matches, and those in folders that it matches, sorted by path.
+
+    Parameters
+    ----------
+    pattern : str
+        With ``*``, ``?`` and ``[...]``; ``**`` stands for folders at any depth.
+
+    Returns
+    -------
+    list of str
+        The paths of the images.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    suffixes, found, others = image_suffixes(), list[str](), list[str]()
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):  # noqa: PTH207 (Path's takes no absolute ones)
+        if path.is_dir():
+            found += image_files(path)
+        else:
+            (found if path.suffix.lower() in suffixes else others).append(str(path))
+    if not found:
+        what = f"{len(others)} files, such as {others[0]}, and no image" if others else "nothing"
+        raise ValueError(f"{pattern!r} is neither a folder nor a file, and as a pattern it matches {what}.")
+    # A folder and its files may both match.
+    return list(dict.fromkeys(found))
+
+
 def _files_at(path: Path) -> list[Any]:
+    if not os.path.lexists(path) and glob.has_magic(str(path)):
+        return matching_files(str(path))
     if path.is_file():
         return [path]
     if not path.is_dir():

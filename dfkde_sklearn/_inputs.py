@@ -5,7 +5,6 @@ Of all of them only the images are taken: labels beside them are left out, as an
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,6 @@ from torch.utils.data import IterableDataset
 # Images of a stream that are in memory at a time, where one pass suffices.
 STREAMED = 256
 ENCODED = (bytes, bytearray, memoryview, io.IOBase)
-_WILDCARDS = frozenset("*?[")
 
 
 class Lazy(Sequence[Any]):
@@ -51,8 +49,8 @@ def unpacked(X: Any) -> Any:
     Parameters
     ----------
     X : object
-        A frame of one column, an Arrow array, a data set of Hugging Face or torch, a pattern of paths, a stream, or
-        what needs no unpacking.
+        A frame of one column, an Arrow array, a data set of Hugging Face or torch, a stream, or what needs no
+        unpacking.
 
     Returns
     -------
@@ -64,10 +62,8 @@ def unpacked(X: Any) -> Any:
     TypeError
         If a container has several columns, or items that are no images.
     ValueError
-        If a pattern fits no file.
+        If a folder of torchvision has a transform.
     """
-    if isinstance(X, str) and _WILDCARDS & set(X) and not os.path.exists(X):  # noqa: PTH110 (folders may have such names)
-        return _matching(X)
     if isinstance(X, ENCODED):
         return [X]
     if isinstance(X, str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | list | tuple):
@@ -157,14 +153,6 @@ def _is_image(value: Any) -> bool:
     if isinstance(value, np.ndarray | torch.Tensor):
         return value.ndim >= 2
     return isinstance(value, (str, os.PathLike, Image.Image, *ENCODED))
-
-
-def _matching(pattern: str) -> list[str]:
-    """Return the files that fit a pattern, in order of their paths."""
-    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))  # noqa: PTH113, PTH207
-    if not files:
-        raise ValueError(f"images: no file fits the pattern {pattern!r}. '**' stands for any number of folders.")
-    return files
 
 
 def _several(X: Any, columns: list[Any], example: str) -> str:

@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
     from dfkde_sklearn._deploy.position_model import PatchDfkdeModel
 
-# Refits of which each leaves out a fold of the training images.
-_N_FOLDS = 10
 # A fit without a fold needs two images that differ.
 _MIN_IMAGES = 3
 # Images scored at a time, so that their copies take little memory.
@@ -202,6 +200,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     # The public path, which pickles and lists of trusted types name.
     __module__ = "dfkde_sklearn"
     _saved_as = "PatchDFKDEDetector"
+    # Refits of which each leaves out a fold of the training images.
+    _n_folds: ClassVar[int] = 10
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "features": [StrOptions({"auto"}), HasMethods(["fit", "transform"]), None],
@@ -336,7 +336,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
                 f"{_MIN_IMAGES - 1} others. Give good examples of more parts."
             )
         if groups is None:
-            warn_of_near_duplicates(images.reshape(len(drawn), -1), "images", _N_FOLDS)
+            warn_of_near_duplicates(images.reshape(len(drawn), -1), "images", self._n_folds)
         contamination = 0.0 if self.contamination == "auto" else float(self.contamination)
         device = self._density_device()
         training = fit_positions(
@@ -543,7 +543,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
             self.bandwidth,
             self._normalization_strength(),
             self.n_lowest,
-            _N_FOLDS,
+            self._n_folds,
             working_memory(),
         )
 
@@ -596,10 +596,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         return lowest_mean(torch.from_numpy(maps), self.n_lowest).numpy()
 
     def _normalization_strength(self) -> float:
-        if self.normalization != "auto":
-            return float(self.normalization)
-        # Logarithms, as of wavelets, have lost their scale already: removing more of it hides defects.
-        return _OF_NETWORKS if type(self.features_).__name__ == "TimmFeatures" else 0.0
+        return normalization_for(self.features_) if self.normalization == "auto" else float(self.normalization)
 
     @torch.inference_mode()
     def _vector_maps(self, vectors: NDArray[np.number]) -> NDArray[np.floating]:
@@ -738,6 +735,12 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     def _density_device(self) -> torch.device:
         device = as_device(self.device)
         return torch.device("cpu") if device.type == "mps" else device
+
+
+def normalization_for(extractor: Any) -> float:
+    """Return the strength of the normalisation of a feature extractor's features with "auto"."""
+    # Logarithms, as of wavelets, have lost their scale already: removing more of it hides defects.
+    return _OF_NETWORKS if type(extractor).__name__ == "TimmFeatures" else 0.0
 
 
 def _attribute(name: str) -> str:

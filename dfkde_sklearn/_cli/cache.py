@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dfkde_sklearn import cache_size, clear_cache
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.output import print_facts
 
@@ -19,6 +18,7 @@ def add_parser(commands: Any) -> None:
         description="Print the size of a feature cache, or empty it: the folder that dfkde fit and dfkde score use as "
         "--cache FOLDER, and feature extractors as cache=FOLDER in Python. Features that are removed are computed "
         "again when they are needed.",
+        epilog="Example: dfkde cache size features, after dfkde fit parts/good --cache features",
     )
     command.add_argument("action", choices=("size", "clear"), help="size: print the size; clear: empty the cache first")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the cache")
@@ -26,6 +26,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from dfkde_sklearn import cache_size, clear_cache
+
     if options.action == "clear":
         clear_cache(options.folder)
     size = cache_size(options.folder)

@@ -6,30 +6,37 @@ import argparse
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-from sklearn.metrics import roc_auc_score
-from sklearn.utils import Bunch
-
-from dfkde_sklearn import Assessment, PatchDFKDEDetector, ScatteringFeatures, datasets
 from dfkde_sklearn._cli.arguments import (
-    DETECTORS,
     POSITIONS,
     add_detector_arguments,
-    add_output_arguments,
+    add_force_argument,
+    add_quiet_argument,
+    detector_class,
     detector_parameters,
 )
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, check_png, png, write_new
-from dfkde_sklearn._cli.output import numbers, percent, print_facts, print_line, print_table, say, shows_progress
-from dfkde_sklearn._cli.summary import N_WORST, detector_facts, worst_first
-from dfkde_sklearn._report.contact_sheet import COLUMNS, Section, Tile, contact_sheet
-from dfkde_sklearn._report.overlay import overlay
-from dfkde_sklearn._report.quality import quality_facts
-from dfkde_sklearn.datasets._surfaces import MATERIALS
+from dfkde_sklearn._cli.output import (
+    N_WORST,
+    numbers,
+    percent,
+    print_facts,
+    print_line,
+    print_table,
+    say,
+    shows_progress,
+)
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from sklearn.utils import Bunch
+
+    from dfkde_sklearn import Assessment
+    from dfkde_sklearn._report.contact_sheet import Section, Tile
+
+MATERIALS = ("weave", "twill", "knit", "mesh", "metal", "wood", "leather", "granite")
 PICTURE = "dfkde-demo.png"
 # As many good test images as a narrow interval of the false-alarm rate takes.
 N_TRAIN, N_GOOD, N_DEFECTIVE = 200, 300, 100
@@ -43,6 +50,7 @@ def add_parser(commands: Any) -> None:
         description="Generate images of a material, fit a detector on good ones, and score a test set of good and "
         "defective ones. Prints the detection quality and draws a picture of the result. Needs no network and no data, "
         "and takes less than a minute.",
+        epilog="Example: dfkde demo --images cloth, and then dfkde fit cloth --features scattering",
     )
     command.add_argument(
         "--out",
@@ -53,7 +61,7 @@ def add_parser(commands: Any) -> None:
     )
     command.add_argument(
         "--material",
-        choices=list(MATERIALS),
+        choices=MATERIALS,
         default="weave",
         help="the material in the images (default: %(default)s)",
     )
@@ -65,11 +73,22 @@ def add_parser(commands: Any) -> None:
         help="also write the images to this new folder, in the MVTec layout, to try fit and score on",
     )
     add_detector_arguments(command)
-    add_output_arguments(command)
+    add_force_argument(command)
+    add_quiet_argument(command)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.metrics import roc_auc_score
+
+    from dfkde_sklearn import PatchDFKDEDetector, ScatteringFeatures, datasets
+    from dfkde_sklearn._cli.summary import detector_facts, worst_first
+    from dfkde_sklearn._report.contact_sheet import contact_sheet
+    from dfkde_sklearn._report.overlay import overlay
+    from dfkde_sklearn._report.quality import quality_facts
+
     start = time.perf_counter()
     picture, replace = _picture_file(options.out, options.force)
     check_new(picture, replace)
@@ -88,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     features = ScatteringFeatures(
         pooling=None if options.detector == POSITIONS else "statistics", verbose=shows_progress(options)
     )
-    detector = DETECTORS[options.detector](features, **detector_parameters(options)).fit(data.X_train)
+    detector = detector_class(options)(features, **detector_parameters(options)).fit(data.X_train)
     say(options, f"3/4 Scoring the {n_test} test images")
     pictures = [Image.fromarray(image) for image in data.X_test]
     if isinstance(detector, PatchDFKDEDetector):
@@ -119,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
         {
             "Training": f"{N_TRAIN} good images of {material}, seed {options.seed}",
             **detector_facts(detector),
-            "False alarms asked for": percent(options.target_fpr),
+            "False alarms asked for": percent(detector.target_fpr),
             **quality,
         }
     )
@@ -155,6 +174,9 @@ def _picture_file(out: Path | None, force: bool) -> tuple[Path, bool]:
 
 
 def _sections(data: Bunch, pictures: Sequence[Image.Image], assessment: Assessment) -> list[Section]:
+    from dfkde_sklearn._cli.summary import worst_first
+    from dfkde_sklearn._report.contact_sheet import COLUMNS, Section, Tile
+
     def tiles(indices: Iterable[int]) -> list[Tile]:
         return [
             Tile(

@@ -1,20 +1,17 @@
-"""Files that the commands read and write."""
+"""Files that the commands write."""
 
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterable
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from dfkde_sklearn._files import check_writable, is_stream, write_file
-from dfkde_sklearn._images import as_images
 
-
-def image_paths(source: Path) -> list[str]:
-    """Return the paths of the images at a file or folder."""
-    images = as_images(source)
-    return [images.name(i) for i in range(len(images))]
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def check_png(path: Path) -> None:
@@ -28,6 +25,17 @@ def check_new(path: Path, force: bool) -> None:
     check_writable(path)
     if path.exists() and not is_stream(path) and not force:
         raise FileExistsError(f"{path} exists. Name another file, or overwrite it with --force.")
+
+
+def check_distinct(named: Iterable[tuple[str, Path | None]]) -> None:
+    """Raise a ValueError if two arguments name the same file; each comes with its name."""
+    seen: dict[str, str] = {}
+    for argument, path in named:
+        if path is None or is_stream(path):
+            continue
+        first = seen.setdefault(os.path.realpath(path), argument)
+        if first != argument:
+            raise ValueError(f"{path}: {first} and {argument} name the same file. Name two.")
 
 
 def write_new(path: Path, data: bytes, force: bool) -> None:

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfkde_sklearn._cli.images import root_of
+
 FOLDER = "folder"
 _COLUMNS = ("path", "group")
 
 
-def image_groups(rule: str, paths: Sequence[str], folder: Path) -> list[str]:
-    """Return the group of each image.
+def add_groups_argument(command: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --groups; `purpose` says what for."""
+    command.add_argument(
+        "--groups",
+        metavar="RULE",
+        help=f"which images show the same part, {purpose}: 'folder', those in one folder; FILE.csv, a table with the "
+        "columns path and group; or a regular expression for the path of an image below the folder that holds all, "
+        "whose parentheses enclose the name of the part, such as '(part[0-9]+)_'",
+    )
 
-    Parameters
-    ----------
-    rule : str
-        "folder", the name of a CSV file that ends in .csv, or a regular expression.
-    paths : sequence of str
-        The images.
-    folder : Path
-        Where they are: paths are compared relative to it.
+
+def image_groups(options: argparse.Namespace, paths: Sequence[str]) -> list[str] | None:
+    """Return the group of each image by the rule --groups, None without one.
 
     Raises
     ------
     ValueError
         If the rule gives an image no group, or is no regular expression.
     OSError
-        If there is no such file.
+        If there is no such table.
     """
+    rule = options.groups
+    if rule is None:
+        return None
+    folder = root_of(options, paths)
     if rule == FOLDER:
         return [str(Path(path).parent) for path in paths]
     if rule.lower().endswith(".csv"):
@@ -48,7 +57,7 @@ def image_groups(rule: str, paths: Sequence[str], folder: Path) -> list[str]:
     if without:
         raise ValueError(
             f"--groups {rule!r} does not match {without[0]} ({len(without)} of {len(paths)} images). It has to match "
-            "the path of every image below FOLDER; what is in its parentheses, or the whole match, is the group."
+            f"the path of every image below {folder}; what is in its parentheses, or the whole match, is the group."
         )
     found = [match for match in matches if match is not None]
     return ["\n".join(part or "" for part in match.groups()) or match.group() for match in found]
@@ -67,6 +76,6 @@ def _groups_in_table(table: Path, paths: Sequence[str], folder: Path) -> list[st
     if without:
         raise ValueError(
             f"--groups {table} names no group for {without[0]} ({len(without)} of {len(paths)} images). Every image "
-            "needs a row; paths are relative to the table or to FOLDER."
+            f"needs a row; paths are relative to the table or to {folder}."
         )
     return groups

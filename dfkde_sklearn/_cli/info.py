@@ -10,7 +10,6 @@ from typing import Any
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.models import add_model_argument, file_of_model
 from dfkde_sklearn._cli.output import print_facts, print_line
-from dfkde_sklearn._deploy.saved import described
 
 
 def add_parser(commands: Any) -> None:
@@ -20,6 +19,7 @@ def add_parser(commands: Any) -> None:
         help="describe a model file",
         description="Describe a model file: the detector and its settings, the feature extractor, and the "
         "versions that wrote it. Checks the file's SHA-256, and needs no weights of the network.",
+        epilog="Example: dfkde info dfkde-model.safetensors",
     )
     add_model_argument(command)
     command.add_argument("--json", action="store_true", help="print all that the file says, as JSON")
@@ -27,6 +27,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
+    from dfkde_sklearn._deploy.saved import described
+
     document = file_of_model(options.model, described)
     if options.json:
         for line in json.dumps(document, indent=2).splitlines():

@@ -1,32 +1,36 @@
 """The command line, ``dfkde``.
 
 Each command is a file with `add_parser`, which declares its arguments, and `run`, which returns its exit code.
-Results go to standard output, progress and errors to standard error.
+Results go to standard output, progress and errors to standard error. What takes seconds to import, such as PyTorch, is
+imported inside `run`, so that ``dfkde --help`` and wrong arguments are answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from PIL import Image
+from typing import Any, NoReturn
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._cli import cache, demo, evaluate, fit, info, report, score
+from dfkde_sklearn._cli import cache, demo, evaluate, export, fit, info, layers, recalibrate, report, score, search
 from dfkde_sklearn._cli.exit_codes import FAILED, INTERRUPTED, READER_GONE
 from dfkde_sklearn._cli.output import one_line, print_message, silence
 
+# In the order in which they are used.
 COMMANDS = {
     "demo": demo,
+    "layers": layers,
+    "search": search,
     "fit": fit,
     "score": score,
     "evaluate": evaluate,
     "report": report,
+    "recalibrate": recalibrate,
+    "export": export,
     "info": info,
     "cache": cache,
 }
@@ -45,13 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         One of `exit_codes`.
     """
-    options = parser().parse_args(arguments)
+    return run(parser().parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command of parsed arguments and return its exit code.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        From `parser`.
+
+    Returns
+    -------
+    int
+        One of `exit_codes`.
+    """
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         print_message(f"dfkde {options.command}: warning: {one_line(message)}")
 
     try:
-        with warnings.catch_warnings(), _max_pixels(getattr(options, "max_pixels", Image.MAX_IMAGE_PIXELS)):
+        with warnings.catch_warnings(), _max_pixels(getattr(options, "max_pixels", None)):
             warnings.showwarning = print_warning
             code: int = COMMANDS[options.command].run(options)
         sys.stdout.flush()
@@ -60,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = READER_GONE
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except (ValueError, ImportError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        if options.debug:
+            print_traceback()
         print_message(f"dfkde {options.command}: error: {one_line(error)}")
         code = FAILED
     try:
@@ -72,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, whose `command` is a key of `COMMANDS`."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         prog="dfkde",
         description="Find anomalous images. A detector learns the density of deep features from good images alone; "
         "images of low density are called anomalous.",
@@ -82,14 +105,44 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--version", action="version", version=f"dfkde-sklearn {__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS.values():
+    for name, command in COMMANDS.items():
         command.add_parser(commands)
+        commands.choices[name].add_argument(
+            "--debug", action="store_true", help="after an error, also show where in the program it arose"
+        )
     return result
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers wrong arguments in one line, where argparse prints all arguments first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: error: {one_line(message)}. {self.prog} --help lists the arguments.\n")
+
+
+def print_traceback() -> None:
+    """Print the traceback of the error that is being handled."""
+    for line in traceback.format_exc().splitlines():
+        print_message(line)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Return whether an error is one of the user's input or of the machine, and not of the program."""
+    # Of a library that is not installed, whose message names the extra.
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, ImportError)
+    if "torch" in sys.modules:
+        expected += (sys.modules["torch"].OutOfMemoryError,)
+    return isinstance(error, expected)
 
 
 @contextmanager
 def _max_pixels(n: int | None) -> Iterator[None]:
-    """Let Pillow open images of up to `n` pixels."""
+    """Let Pillow open images of up to `n` pixels; None leaves its limit."""
+    if n is None:
+        yield
+        return
+    from PIL import Image
+
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, n
     try:
         yield

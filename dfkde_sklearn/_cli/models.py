@@ -1,23 +1,25 @@
-"""Detectors in files, as several commands take them."""
+"""Detectors in files, as several commands take and write them."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector
-from dfkde_sklearn._cli.arguments import add_run_arguments, given
+from dfkde_sklearn._cli.arguments import add_run_arguments, given, weights_advice
+from dfkde_sklearn._cli.files import check_new
 from dfkde_sklearn._cli.output import shows_progress
-from dfkde_sklearn._deploy.saved import saved_class
 
+if TYPE_CHECKING:
+    from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector
+
+# The file that `dfkde fit` writes by default.
+MODEL = Path("dfkde-model.safetensors")
 # A pickle starts with this byte, a protocol from 2 to 5, and an opcode; a file of ours with the length of its header,
 # which may have the same first bytes, but never as large a third one.
 _PICKLE, _PROTOCOLS, _LEAST_OPCODE = 0x80, range(2, 6), 0x20
-
-# For `weights_advice`.
-WEIGHTS_OF_MODEL = "On the command line: --weights FILE, the file that the model was fitted with."
 
 _Content = TypeVar("_Content")
 
@@ -30,18 +32,27 @@ def add_model_argument(command: argparse.ArgumentParser) -> None:
 def add_extractor_arguments(command: argparse.ArgumentParser) -> None:
     """Add what a model file does not say of its feature extractor."""
     group = command.add_argument_group("the feature extractor")
+    add_weights_argument(group)
+    add_run_arguments(group)
+
+
+def add_weights_argument(group: Any) -> None:
+    """Add --weights."""
     group.add_argument(
         "--weights", metavar="FILE", help="the weights of the backbone, if they have moved since the fit"
     )
-    add_run_arguments(group)
 
 
 def loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDetector:
     """Return the detector in the file MODEL, with the settings of the command line."""
+    from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector
+    from dfkde_sklearn._deploy.saved import read
 
     def load(path: Path) -> DFKDEDetector | PatchDFKDEDetector:
-        kind = PatchDFKDEDetector if saved_class(path) == PatchDFKDEDetector.__name__ else DFKDEDetector
-        return kind.load(path, weights=options.weights, device=options.device, download=True)
+        file = read(path)
+        kind = PatchDFKDEDetector if file.owner == PatchDFKDEDetector.__name__ else DFKDEDetector
+        with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
+            return kind._of_file(file, backbone=None, weights=options.weights, device=options.device, download=True)
 
     path = options.model
     detector = file_of_model(path, load)
@@ -50,6 +61,16 @@ def loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDe
         raise ValueError(f"MODEL {path} was fitted on a feature matrix, not on images: score with it in Python.")
     extractor.set_params(verbose=shows_progress(options), **given(options, "batch_size", "cache"))
     return detector
+
+
+def save_detector(detector: DFKDEDetector | PatchDFKDEDetector, path: Path, force: bool) -> None:
+    """Write a detector to a file, whole or not at all; a file that exists is kept, unless `force` is set."""
+    check_new(path, force)
+    saved = copy.copy(detector)
+    extractor: Any = copy.copy(detector.features_)
+    # Progress bars belong to this run, not to the model.
+    saved.features_ = extractor.set_params(verbose=False)
+    saved.save(path)
 
 
 def file_of_model(path: Path, read: Callable[[Path], _Content]) -> _Content:

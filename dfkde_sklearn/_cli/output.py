@@ -10,15 +10,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TextIO
-
-import numpy as np
+from typing import TYPE_CHECKING, TextIO
 
 from dfkde_sklearn._report.text import percent as percent
 from dfkde_sklearn._report.text import printable
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    _Number = float | np.floating | None
+
 # Columns of tables that hold words; the others hold numbers.
-WORDS = ("path", "defect", "verdict")
+WORDS = ("path", "defect", "verdict", "layer", "layers", "residual")
+# Images that are listed or drawn as the most anomalous.
+N_WORST = 12
 
 
 def print_line(text: str = "") -> None:
@@ -86,13 +91,19 @@ def silence(stream: TextIO) -> None:
 
 
 def say(options: argparse.Namespace, text: str) -> None:
-    """Print one line of progress on standard error, unless --quiet is given."""
+    """Print one line of progress on standard error, if it is a terminal and --quiet is not given."""
+    if shows_progress(options):
+        print_message(text)
+
+
+def summarize(options: argparse.Namespace, text: str) -> None:
+    """Print one line about the result on standard error, beside the result itself, unless --quiet is given."""
     if not options.quiet:
         print_message(text)
 
 
 def shows_progress(options: argparse.Namespace) -> bool:
-    """Return whether to show progress bars: only in a terminal, since each step of a bar is a line of a file."""
+    """Return whether to show progress: only in a terminal, since each step of a bar is a line of a file."""
     return not options.quiet and sys.stderr.isatty()
 
 
@@ -123,9 +134,7 @@ def print_heading(heading: str) -> None:
     print_line()
 
 
-def numbers(
-    score: np.floating | None, p_anomalous: np.floating | None, p_value: np.floating | None
-) -> tuple[str, str, str]:
+def numbers(score: _Number, p_anomalous: _Number, p_value: _Number) -> tuple[str, str, str]:
     """Return the cells of a table for an image's score, P(anomalous) and p-value; dashes if there is no score."""
     if score is None:
         return "-", "-", "-"

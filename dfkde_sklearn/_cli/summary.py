@@ -17,9 +17,6 @@ from dfkde_sklearn._report.quality import RATES, operating_points, quality_facts
 from dfkde_sklearn.datasets import read_mask
 from dfkde_sklearn.metrics import aupro, pixel_roc_auc, region_hits
 
-# Images that are listed or drawn as the most anomalous.
-N_WORST = 12
-
 
 def detector_facts(detector: DFKDEDetector | PatchDFKDEDetector) -> dict[str, str]:
     """Return the parts of a fitted detector, and its threshold."""
@@ -38,6 +35,26 @@ def detector_facts(detector: DFKDEDetector | PatchDFKDEDetector) -> dict[str, st
         "Threshold of maps": f"{detector.map_offset_:.2f}; {percent(detector.target_map_fpr)} of the pixels of new "
         "good images are expected below it",
     }
+
+
+def expected_rate(detector: DFKDEDetector | PatchDFKDEDetector) -> dict[str, str]:
+    """Return the rate of anomalous images to expect with the threshold of a detector."""
+    if detector.contamination != "auto":
+        return {"Anomalies expected": f"{percent(float(detector.contamination))} of images like these"}
+    if detector.threshold_offset != "auto":
+        return {}
+    n_units = len(np.unique(detector.calibration_groups_))
+    units = "images" if n_units == len(detector.calibration_groups_) else "parts"
+    if detector.confidence is not None:
+        return {
+            "False alarms expected": f"at most {percent(detector.target_fpr)} of new good {units}, with "
+            f"{percent(detector.confidence)} confidence"
+        }
+    expected = f"{percent(detector.target_fpr)} of new good images"
+    lowest = 1 / (n_units + 1)
+    if detector.target_fpr < lowest:
+        expected += f"; but {n_units} {units} cannot tell a rate below {percent(lowest)}: use more of them"
+    return {"False alarms expected": expected}
 
 
 def map_facts(detector: PatchDFKDEDetector, grid_maps: Any, test: Bunch) -> dict[str, str]:

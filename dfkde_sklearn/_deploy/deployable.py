@@ -15,6 +15,7 @@ from dfkde_sklearn._deploy.buffers import StateBuffers
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
+    from dfkde_sklearn._deploy.saved import File
 
 
 class DeployableMixin:
@@ -132,18 +133,16 @@ class DeployableMixin:
         OSError
             If there is no such file, or the backbone's weights are not on this machine and may not be downloaded.
         """
-        from dfkde_sklearn._deploy.saved import load
+        from dfkde_sklearn._deploy.saved import read
 
-        saved = load(
-            path,
-            cls._saved_as,
-            cls,
-            cls._empty_buffers,
-            backbone=backbone,
-            weights=weights,
-            device=device,
-            download=download,
-        )
+        return cls._of_file(read(path), backbone=backbone, weights=weights, device=device, download=download)
+
+    @classmethod
+    def _of_file(cls, file: File, *, device: Any, **other: Any) -> Self:
+        """Return the detector in a file that was read; see `load`."""
+        from dfkde_sklearn._deploy.saved import detector_in
+
+        saved = detector_in(file, cls._saved_as, cls, cls._empty_buffers, device=device, **other)
         detector = cls(saved.features, device=device, **saved.parameters)
         detector._take(saved.buffers, saved.extractor)
         if saved.feature_names:

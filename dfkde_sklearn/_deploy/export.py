@@ -49,6 +49,22 @@ class Expected(NamedTuple):
     log_densities: tuple[NDArray[np.floating], ...]
 
 
+class Agreement(NamedTuple):
+    """How well an exported file agreed with the detector, within the tolerance.
+
+    n_images : int, number of images or rows that were compared.
+    difference : float, the largest one of a log density, of images or positions; relative, or in nats where the log
+        density is below 1.
+    tolerance : float, what was allowed.
+    n_labels : int, number of labels that differ: of scores that lie at the threshold within the tolerance.
+    """
+
+    n_images: int
+    difference: float
+    tolerance: float
+    n_labels: int
+
+
 class Exportable(Protocol):
     """A module that can be exported: fitted, with a feature extractor or without."""
 
@@ -69,9 +85,17 @@ class Exportable(Protocol):
 
 
 def write_onnx(
-    model: Exportable, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
-) -> None:
-    """Write a fitted model as one ONNX file; see `DFKDEDetector.to_onnx`."""
+    model: Exportable,
+    path: str | os.PathLike[str],
+    image_shape: tuple[int, int] | None,
+    expected: Expected | None,
+    tolerance: float | None = None,
+) -> Agreement | None:
+    """Write a fitted model as one ONNX file; see `DFKDEDetector.to_onnx`.
+
+    Returns how well it agreed with what is expected, and None where nothing is. `tolerance` None is that of
+    `to_onnx`.
+    """
     try:
         for package in ("onnx", "onnxscript", *(() if expected is None else ("onnxruntime",))):
             importlib.import_module(package)
@@ -98,6 +122,7 @@ def write_onnx(
         )
     assert program is not None
     data = program.model_proto.SerializeToString()
+    agreement = None
     if expected is not None:
         import onnxruntime
 
@@ -106,22 +131,30 @@ def write_onnx(
         def run(batch: Tensor) -> Sequence[Any]:
             return session.run(list(outputs), {name: batch.numpy()})
 
-        _check(run, "ONNX Runtime", model, image_shape, expected)
+        agreement = _check(run, "ONNX Runtime", model, image_shape, expected, tolerance)
     write_file(path, data)
+    return agreement
 
 
 def write_program(
-    model: Exportable, path: str | os.PathLike[str], image_shape: tuple[int, int] | None, expected: Expected | None
-) -> None:
-    """Write a fitted model as a program of torch.export; see `DFKDEDetector.to_pt2`."""
+    model: Exportable,
+    path: str | os.PathLike[str],
+    image_shape: tuple[int, int] | None,
+    expected: Expected | None,
+    tolerance: float | None = None,
+) -> Agreement | None:
+    """Write a fitted model as a program of torch.export, as `write_onnx`; see `DFKDEDetector.to_pt2`."""
     scorer, _, example = _scorer(model, image_shape)
     program = torch.export.export(scorer, (example,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},))
     stream = io.BytesIO()
     torch.export.save(program, stream)
+    agreement = None
     if expected is not None:
         stream.seek(0)
-        _check(torch.export.load(stream).module(), "torch.export", model, image_shape, expected)
+        run = torch.export.load(stream).module()
+        agreement = _check(run, "torch.export", model, image_shape, expected, tolerance)
     write_file(path, stream.getbuffer())
+    return agreement
 
 
 class Scorer(nn.Module):
@@ -174,12 +207,20 @@ def _scorer(model: Exportable, image_shape: tuple[int, int] | None) -> tuple[nn.
     return Scorer(model, preprocessing), "images", torch.zeros(_TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
 
 
-def _check(run: Run, runtime: str, model: Exportable, image_shape: tuple[int, int] | None, reference: Expected) -> None:
-    """Raise a ValueError unless an exported file gives the detector's results."""
+def _check(
+    run: Run,
+    runtime: str,
+    model: Exportable,
+    image_shape: tuple[int, int] | None,
+    reference: Expected,
+    tolerance: float | None,
+) -> Agreement:
+    """Return how well an exported file gives the detector's results; raise a ValueError where it does not."""
     scores, *maps = (values.astype(np.float64) for values in reference.log_densities)
     excess, steepness = scores - model.threshold_offset, model.threshold_steepness
     dtype = str(model.density.kernel_centers.dtype).removeprefix("torch.")
-    tolerance = _TOLERANCES[dtype if model.feature_extractor is None else "images"]
+    if tolerance is None:
+        tolerance = _TOLERANCES[dtype if model.feature_extractor is None else "images"]
     near = tolerance * np.maximum(1.0, np.abs(scores))
     # The right values and their tolerances; where the score is at the threshold, either label is right.
     right = {
@@ -190,6 +231,7 @@ def _check(run: Run, runtime: str, model: Exportable, image_shape: tuple[int, in
     if maps:
         right[MAP_OUTPUT] = (maps[0], tolerance * np.maximum(1.0, np.abs(maps[0])))
     outputs = [run(batch) for batch in _batches(model, image_shape, reference.X)]
+    largest, n_labels = 0.0, 0
     for name, parts in zip(_outputs(model), zip(*outputs, strict=True), strict=True):
         actual = np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
         expected, allowed = right[name]
@@ -198,12 +240,23 @@ def _check(run: Run, runtime: str, model: Exportable, image_shape: tuple[int, in
         is_wrong = difference > allowed
         if is_wrong.any():
             worst = np.unravel_index(np.argmax(np.where(is_wrong, difference, -1)), difference.shape)
+            which = f"check[{worst[0]}]{_path(reference.X, worst[0])}"
             raise ValueError(
-                f"The exported file is not the detector: check[{worst[0]}] has {name} {actual[worst]:.9g} in {runtime} "
+                f"The exported file is not the detector: {which} has {name} {actual[worst]:.9g} in {runtime} "
                 f"and {expected[worst]:.9g} in the detector, which is off by {difference[worst]:.3g}; allowed: "
                 f"{allowed[worst]:.3g}. {is_wrong.sum()} of {is_wrong.size} differ. Nothing was written. Try "
                 "other versions of torch, onnx and onnxscript, or keep the detector with save()."
             )
+        if name in ("log_density", MAP_OUTPUT):
+            largest = max(largest, float((difference / np.maximum(1.0, np.abs(expected))).max()))
+        if name == "label":
+            n_labels = int((difference > 0).sum())
+    return Agreement(len(scores), largest, tolerance, n_labels)
+
+
+def _path(X: Any, index: Any) -> str:
+    """Return the path of an image, in parentheses; nothing where it has none."""
+    return f" ({os.fspath(X[index])})" if isinstance(X, list) and isinstance(X[index], str | os.PathLike) else ""
 
 
 def _batches(model: Exportable, image_shape: tuple[int, int] | None, X: Any) -> Iterator[Tensor]:

@@ -42,6 +42,24 @@ _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind i
 _NOT_KEPT = ("features", "device")
 
 
+class File(NamedTuple):
+    """A file as it was read: whole, with the SHA-256 that it states.
+
+    path : Path
+    header : dict, the JSON document.
+    tensors : dict of Tensor, the buffers of the detector's state.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def owner(self) -> str:
+        """The name of the detector's class."""
+        return str(self.header.get("detector"))
+
+
 class Saved(NamedTuple):
     """The content of a file: a fitted detector.
 
@@ -93,8 +111,8 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
     write_file(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
 
 
-def load(
-    path: str | os.PathLike[str],
+def detector_in(
+    file: File,
     owner: str,
     kind: type[BaseEstimator],
     empty: Callable[[dict[str, Any]], StateBuffers],
@@ -104,13 +122,13 @@ def load(
     device: str | torch.device | None,
     download: bool,
 ) -> Saved:
-    """Return what the file at `path` holds, checked, of a detector of class `kind`; see `DFKDEDetector.load`.
+    """Return what a file holds, checked, of a detector of class `kind`; see `DFKDEDetector.load`.
 
     `owner` is the name that `save` was given, and `empty` returns buffers for the parameters of a detector.
     """
-    header, tensors = _read(Path(path))
-    if header.get("detector") != owner:
-        raise ValueError(f"{str(path)!r} holds a {header.get('detector')}, not a {owner}: load it with that class.")
+    path, header, tensors = file
+    if file.owner != owner:
+        raise ValueError(f"{str(path)!r} holds a {file.owner}, not a {owner}: load it with that class.")
     if header.get("extractor", ...) is None and (backbone is not None or weights is not None):
         raise ValueError(f"{str(path)!r} has no feature extractor: load it without backbone= and weights=.")
     try:
@@ -143,21 +161,16 @@ def load(
     return Saved(parameters, features, extractor, names, buffers)
 
 
-def saved_class(path: str | os.PathLike[str]) -> str:
-    """Return the name of the detector's class in the file at `path`."""
-    header, _ = _read(Path(path))
-    return str(header.get("detector"))
-
-
 def described(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what the file at `path` says of the detector, as values of JSON: its document, and the thresholds."""
-    header, tensors = _read(Path(path))
+    _, header, tensors = read(path)
     offsets: dict[str, Any] = {name: float(tensors[name]) for name in ("offset", "map_offset") if name in tensors}
     return {**header, **offsets, "n_calibration_scores": len(tensors["calibration_scores"])}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON document and the tensors of a file, after checks of its version and its SHA-256."""
+def read(path: str | os.PathLike[str]) -> File:
+    """Return the content of a file, after checks of its version and its SHA-256."""
+    path = Path(path)
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)
@@ -183,7 +196,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     signed = data.replace(str(digits).encode(), _DIGITS.encode(), 1)
     if hashlib.sha256(signed).hexdigest() != digits:
         raise ValueError(f"{str(path)!r} is damaged or was changed: its SHA-256 is not the one it states.")
-    return header, tensors
+    return File(path, header, tensors)
 
 
 def _described_extractor(extractor: Any) -> dict[str, Any]:

@@ -55,7 +55,10 @@ class LayerFormat(NamedTuple):
 
 
 def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
-    """Run a forward pass and call ``visit(name, output)`` when a layer returns, or with the embedding."""
+    """Run a forward pass and call ``visit(name, output)`` when a layer returns.
+
+    "" among the layers, or no layer at all, is the embedding.
+    """
     like = _weight(network, batch)
     thread = threading.get_ident()
 
@@ -68,11 +71,11 @@ def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Ca
         return hook
 
     modules = dict(network.named_modules())
-    hooks = [modules[layer].register_forward_hook(hook_for(layer)) for layer in layers]
+    hooks = [modules[layer].register_forward_hook(hook_for(layer)) for layer in layers if layer]
     try:
         with torch.inference_mode(not (batch.requires_grad and torch.is_grad_enabled())):
             batch = batch.to(like)
-            if layers:
+            if layers and "" not in layers:
                 network(batch)
             else:
                 visit("", embedding(network, batch))
@@ -165,17 +168,26 @@ def on_grid(
     return interpolate(means, size=grid, mode="bilinear", align_corners=False)
 
 
-def layers_for_positions(network: nn.Module, name: str) -> list[str]:
-    """Return the layers that describe positions: of strides 8 and 16, or two blocks in the middle of a transformer.
+def feature_stages(network: nn.Module) -> dict[str, int]:
+    """Return the outputs of the stages of a network, or of its blocks, and their strides in pixels.
 
-    As timm's `feature_info` states them. Measured on photographs: earlier layers add little, later ones hurt.
+    As timm's `feature_info` states them; empty for a network without it.
     """
     found = getattr(network, "feature_info", None)
     # A list of dictionaries, or an object that holds one.
     stages = [dict(stage) for stage in getattr(found, "info", found) or []]
     stride = {stage["module"]: stage["reduction"] for stage in stages if "module" in stage and "reduction" in stage}
     available = {layer for layer, _ in network.named_modules()}
-    names = [layer for layer in stride if layer in available]
+    return {layer: reduction for layer, reduction in stride.items() if layer in available}
+
+
+def layers_for_positions(network: nn.Module, name: str) -> list[str]:
+    """Return the layers that describe positions: of strides 8 and 16, or two blocks in the middle of a transformer.
+
+    As timm's `feature_info` states them. Measured on photographs: earlier layers add little, later ones hurt.
+    """
+    stride = feature_stages(network)
+    names = list(stride)
     if len({stride[layer] for layer in names}) == 1 and len(names) > 3:
         return [names[len(names) // 2 - 1], names[3 * len(names) // 4 - 1]]
     chosen = [layer for layer in names if stride[layer] in _STRIDES]
@@ -234,49 +246,109 @@ def _found_formats(
         with largest:
             shapes = _output_shapes(network, layers, (height, width))
     except Exception as error:
-        raise ValueError(
-            f"backbone {name!r} does not take colour images of {height} x {width} pixels: {error!r}."
-            " If another size is right, pass image_size."
-        ) from error
-    owner = f"backbone {name!r}"
-    called = {layer: f"layers={[layer]} of {owner}" if layer else owner for layer in shapes}
-    for layer, found in shapes.items():
-        if len(found) != 1:
-            how_often = f"runs {len(found)} times" if found else "never runs"
-            raise ValueError(f"{called[layer]} {how_often} in a forward pass. Name a layer that runs once.")
-        if isinstance(found[0], str):
-            raise ValueError(f"{called[layer]} returns a {found[0]}, not a tensor. Name a layer that does.")
-        if found[0][:1] != (2,):
-            raise ValueError(f"{called[layer]} returns shape {found[0]} for 2 images: not an entry for each.")
-    taller = None
-    if any(_n_wide_axes(shape) > 1 for (shape,) in shapes.values()):
-        # Networks for one size only refuse this, each with an error of its own.
-        with suppress(Exception):
-            taller = _output_shapes(network, layers, (2 * height, width))
-    formats = []
-    for layer, (shape,) in shapes.items():
-        if _n_wide_axes(shape) <= 1:
-            formats.append(LayerFormat("NC", 0, math.prod(shape[1:]), None))
-            continue
-        if taller is None or taller[layer][0] == shape:
-            axes, prefix_tokens = _axes_by_size(network, shape, height, width)
-        else:
-            axes, prefix_tokens = _axes_by_growth(network, shape, taller[layer][0], height, width)
-        returned = f"{called[layer]} returns shape {shape} for 2 images of {height} x {width} pixels"
-        if axes is None:
-            raise ValueError(f"{returned}: which axis holds the channels is not certain. Name another layer.")
-        if prefix_tokens is None:
-            raise ValueError(
-                f"{returned}, {axes}: how many of the {shape[axes.index('L')]} tokens are class and register tokens,"
-                " which must not be pooled, is not certain. Name another layer, or set backbone.num_prefix_tokens to"
-                " their number."
-            )
-        if "L" in axes:
-            grid = _grid(shape[axes.index("L")] - prefix_tokens, height, width)
-        else:
-            grid = shape[axes.index("H")], shape[axes.index("W")]
-        formats.append(LayerFormat(axes, prefix_tokens, shape[axes.index("C")], grid))
+        raise _wrong_size(name, size, error) from error
+    taller = _shapes_of_taller(network, layers, shapes, (height, width))
+    formats = [_format_of(network, layer, shapes[layer], taller, (height, width), name) for layer in shapes]
     return formats, largest.n_bytes // 2
+
+
+def usable_layers(network: nn.Module, layers: list[str], size: tuple[int, int], name: str) -> dict[str, LayerFormat]:
+    """Return the format of each submodule that can be a layer, in their order.
+
+    Parameters
+    ----------
+    network : nn.Module
+        In evaluation mode; its weights do not matter.
+    layers : list of str
+        Names of submodules.
+    size : tuple (height, width)
+        Of the images.
+    name : str
+        Of the network, in errors.
+
+    Raises
+    ------
+    ValueError
+        If the network does not take images of this size.
+    """
+    try:
+        shapes = _output_shapes(network, layers, size)
+    except Exception as error:
+        raise _wrong_size(name, size, error) from error
+    taller = _shapes_of_taller(network, layers, shapes, size)
+    # Equal shapes have equal formats, and to find one may take a forward pass.
+    formats, known = dict[str, LayerFormat](), dict[Any, LayerFormat | None]()
+    for layer in layers:
+        key = repr((shapes[layer], taller and taller[layer]))
+        if key not in known:
+            known[key] = None
+            with suppress(ValueError):
+                known[key] = _format_of(network, layer, shapes[layer], taller, size, name)
+        found = known[key]
+        if found is not None:
+            formats[layer] = found
+    return formats
+
+
+def _wrong_size(name: str, size: tuple[int, int], error: Exception) -> ValueError:
+    return ValueError(
+        f"backbone {name!r} does not take colour images of {size[0]} x {size[1]} pixels: {error!r}."
+        " If another size is right, pass image_size."
+    )
+
+
+def _shapes_of_taller(
+    network: nn.Module, layers: list[str], shapes: dict[str, list[Any]], size: tuple[int, int]
+) -> dict[str, list[Any]] | None:
+    """Return the shapes for images twice as tall; None where no layer needs them, or the network refuses these."""
+    if not any(isinstance(shape, tuple) and _n_wide_axes(shape) > 1 for found in shapes.values() for shape in found):
+        return None
+    # Networks for one size only refuse this, each with an error of its own.
+    with suppress(Exception):
+        return _output_shapes(network, layers, (2 * size[0], size[1]))
+    return None
+
+
+def _format_of(
+    network: nn.Module,
+    layer: str,
+    found: list[Any],
+    taller: dict[str, list[Any]] | None,
+    size: tuple[int, int],
+    name: str,
+) -> LayerFormat:
+    """Return the format of a layer that returned `found`; raise a ValueError where it cannot be a layer."""
+    height, width = size
+    owner = f"backbone {name!r}"
+    called = f"layers={[layer]} of {owner}" if layer else owner
+    if len(found) != 1:
+        how_often = f"runs {len(found)} times" if found else "never runs"
+        raise ValueError(f"{called} {how_often} in a forward pass. Name a layer that runs once.")
+    (shape,) = found
+    if isinstance(shape, str):
+        raise ValueError(f"{called} returns a {shape}, not a tensor. Name a layer that does.")
+    if shape[:1] != (2,):
+        raise ValueError(f"{called} returns shape {shape} for 2 images: not an entry for each.")
+    if _n_wide_axes(shape) <= 1:
+        return LayerFormat("NC", 0, math.prod(shape[1:]), None)
+    if taller is None or taller[layer][0] == shape:
+        axes, prefix_tokens = _axes_by_size(network, shape, height, width)
+    else:
+        axes, prefix_tokens = _axes_by_growth(network, shape, taller[layer][0], height, width)
+    returned = f"{called} returns shape {shape} for 2 images of {height} x {width} pixels"
+    if axes is None:
+        raise ValueError(f"{returned}: which axis holds the channels is not certain. Name another layer.")
+    if prefix_tokens is None:
+        raise ValueError(
+            f"{returned}, {axes}: how many of the {shape[axes.index('L')]} tokens are class and register tokens,"
+            " which must not be pooled, is not certain. Name another layer, or set backbone.num_prefix_tokens to"
+            " their number."
+        )
+    if "L" in axes:
+        grid = _grid(shape[axes.index("L")] - prefix_tokens, height, width)
+    else:
+        grid = shape[axes.index("H")], shape[axes.index("W")]
+    return LayerFormat(axes, prefix_tokens, shape[axes.index("C")], grid)
 
 
 def _output_shapes(network: nn.Module, layers: list[str], size: tuple[int, int]) -> dict[str, list[Any]]:

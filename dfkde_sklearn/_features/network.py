@@ -35,7 +35,7 @@ from dfkde_sklearn._features.layers import (
 )
 from dfkde_sklearn._features.modules import NetworkModule
 from dfkde_sklearn._features.tiles import Tiling, tiling
-from dfkde_sklearn._images import FULL_RANGE, Images
+from dfkde_sklearn._images import FULL_RANGE, Images, as_images
 
 CROPS = ("squash", "center", "border")
 
@@ -546,7 +546,7 @@ class TimmFeatures(FeatureExtractor):
             if len(parts) == len(layers):
                 raise LayersRead
 
-        visit_layers(network, batch, [layer for layer in layers if layer], describe)
+        visit_layers(network, batch, layers, describe)
         return self.joined([parts[layer] for layer in layers])
 
     def of_layer(self, layer: str, output: Tensor) -> Tensor:
@@ -596,6 +596,54 @@ class TimmFeatures(FeatureExtractor):
         twin = super(TimmFeatures, nameless).__sklearn_clone__()
         twin.backbone = self.backbone
         return twin
+
+
+def described_together(extractors: Sequence[TimmFeatures], X: Any) -> list[NDArray[np.float32]]:
+    """Return what each of several extractors returns for images, which pass through their common network once.
+
+    Parameters
+    ----------
+    extractors : sequence of TimmFeatures
+        Fitted, without tiles and without a cache. They differ in `layers` only.
+    X : images
+        As in ``transform``.
+
+    Returns
+    -------
+    list of ndarray
+        From each extractor, as from its ``transform``.
+    """
+    first = extractors[0]
+    images = as_images(X, first.white_level)
+    shapes = [
+        (extractor.n_features_out_,) if extractor.grid_shape_ is None else (*extractor.grid_shape_, -1)
+        for extractor in extractors
+    ]
+    tables = [np.empty((len(images), extractor.n_features_out_), np.float32) for extractor in extractors]
+    layers = list(dict.fromkeys(layer for extractor in extractors for layer in extractor.layers_ or [""]))
+    activation_bytes = max(extractor.activation_bytes_ for extractor in extractors)
+    start = 0
+    with first._fitted_backbone() as backbone:
+        for batch in first._batches(images, first.backbone_name_):
+            for part in batch.split(micro_batch_size(backbone.network, batch, activation_bytes)):
+                parts: dict[tuple[int, str], Tensor] = {}
+                seen: set[str] = set()
+
+                def describe(layer: str, output: Tensor, parts: Any = parts, seen: Any = seen) -> None:
+                    for i, extractor in enumerate(extractors):
+                        if layer in (extractor.layers_ or [""]):
+                            parts[i, layer] = extractor.of_layer(layer, output)
+                    seen.add(layer)
+                    if len(seen) == len(layers):
+                        raise LayersRead
+
+                visit_layers(backbone.network, part, layers, describe)
+                stop = start + len(part)
+                for i, extractor in enumerate(extractors):
+                    rows = extractor.joined([parts[i, layer] for layer in extractor.layers_ or [""]])
+                    tables[i][start:stop] = rows.flatten(1).cpu().numpy()
+                start = stop
+    return [table.reshape(len(images), *shape) for table, shape in zip(tables, shapes, strict=True)]
 
 
 # An image is not resized as a whole if its longer side would become more than this many times the longer side of the

@@ -35,7 +35,7 @@ def test_a_labelled_folder_gives_kinds_masks_and_neighbours(textures, tmp_path, 
     page = tmp_path / "report.html"
     assert run("report", model, folder, "-o", page, "--training", folder / "train" / "good") == 0
     said = capsys.readouterr()
-    assert "Scoring 20 labelled images" in said.err
+    assert "20 labelled images in" in said.out
     assert f"{page}, " in said.out
     data = data_of(page)
     assert sorted(data["rows"]["kind"]) == ["good"] * 10 + ["hole"] * 10
