@@ -16,6 +16,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import _check_method_params, check_is_fitted, column_or_1d
 
+from dfkde_sklearn._callbacks import CallbackSupportMixin, one_task
+
 # Training rows whose predictions are checked after the fit: hardly any detector calls all of them anomalous.
 _N_CHECKED = 20
 
@@ -24,7 +26,7 @@ def _detector_has(method: str) -> Any:
     return available_if(lambda self: hasattr(getattr(self, "detector_", self.detector), method))
 
 
-class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, CallbackSupportMixin, BaseEstimator):
     """A binary classifier made of an outlier detector: it learns from normal rows, and predicts your labels.
 
     scikit-learn's metrics, displays and searches are made for classifiers. Given an outlier detector they silently
@@ -114,6 +116,7 @@ class AnomalyClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.normal_label = normal_label
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
     def fit(self, X: Any, y: Any, **fit_params: Any) -> Self:
         """Fit the detector to the rows that are not labelled anomalous.
 

@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._calibration import CONFIDENCE, CalibratedOutlierMixin, judged_scores, labels, weighted_mean
+from dfkde_sklearn._callbacks import CallbackSupportMixin, one_task
 from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.explain import explained
 from dfkde_sklearn._density.fit import fit
@@ -48,7 +49,7 @@ _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwid
 _POSITIVE = Interval(Real, float(np.finfo(np.float64).tiny), None, closed="left")
 
 
-class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
+class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
     """Deep feature kernel density estimation: an outlier detector for images and feature rows.
 
     A feature extractor turns images into feature rows, these are reduced to their principal components, and a Gaussian
@@ -269,6 +270,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         return cls(features, **{"n_components": 16, "residual": None} | parameters)
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
     def fit(self, X: Any, y: Any = None, *, groups: Any = None) -> Self:
         """Fit the feature extractor, the principal components, the density and the threshold to normal data.
 
@@ -301,6 +303,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
     def fit_predict(self, X: Any, y: Any = None, *, groups: Any = None) -> NDArray[np.int64]:
         """Fit to X, and return +1 for rows of X that are normal and -1 for the anomalous ones.
 

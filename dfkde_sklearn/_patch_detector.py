@@ -25,6 +25,7 @@ from dfkde_sklearn._calibration import (
     threshold_at_rate,
     weighted_mean,
 )
+from dfkde_sklearn._callbacks import CallbackSupportMixin, one_task
 from dfkde_sklearn._density.estimate import n_removed
 from dfkde_sklearn._density.positions import (
     STATE,
@@ -60,7 +61,7 @@ _MAP_IMAGES = 500
 _FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {None: (), "horizontal": ((1,),), "all": ((1,), (0,), (0, 1))}
 
 
-class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator):
+class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
     """A kernel density at every position of an image: an outlier detector that says where.
 
     A feature extractor describes every position of an image, on a grid of 14 x 14 say, by a vector. A Gaussian kernel
@@ -266,6 +267,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
     n_features_in_: int
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
     def fit(self, X: Any, y: Any = None, *, groups: Any = None) -> Self:
         """Fit the feature extractor, the densities and the thresholds to normal images.
 
@@ -298,6 +300,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, BaseEstimator)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
     def fit_predict(self, X: Any, y: Any = None, *, groups: Any = None) -> NDArray[np.int64]:
         """Fit to X, and return +1 for images of X that are normal and -1 for the anomalous ones.
 

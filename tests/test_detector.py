@@ -654,8 +654,9 @@ def test_odd_data_has_finite_scores(settings, kind):
 
 @pytest.mark.parametrize("X", [np.ones((10, 4)), np.full((8, 2), 0.1), np.zeros((3, 3))])
 def test_equal_rows_are_refused(X):
-    with pytest.raises(ValueError, match="training rows do not differ beyond rounding"):
-        DFKDEDetector.original().fit(X)
+    for detector in (DFKDEDetector.original(), DFKDEDetector(), DFKDEDetector(bandwidth="loo")):
+        with pytest.raises(ValueError, match="training rows do not differ beyond rounding"):
+            detector.fit(X)
 
 
 # ---- bad input

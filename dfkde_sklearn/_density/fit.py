@@ -21,6 +21,11 @@ from dfkde_sklearn._kernels.bandwidth import leave_one_out_bandwidth
 FOLD_WIDTH = 1024
 _WIDTH_PER_AXIS = 4
 
+_NO_DIFFERENCE = (
+    "The {} training rows do not differ beyond rounding, so that they have no density. Give at least two distinct rows; "
+    "a constant offset far larger than the variation hides it."
+)
+
 
 class Training(NamedTuple):
     """The result of `fit`.
@@ -66,6 +71,8 @@ def fit(
     ValueError
         If the rows do not differ.
     """
+    if bool((groups == groups[0]).all()):
+        raise ValueError(_NO_DIFFERENCE.format(len(X)))  # all are copies of one row, which leaves nothing to any fold
     is_moved = n_moved(groups) > 0
     # 1. Centre and scale the rows; few rows are rotated onto the space that they span.
     features = span(X, settings.working_memory)
@@ -85,10 +92,7 @@ def fit(
     max_components = folds.max_components(settings.contamination)
     result = row_density(features.rows, scatter, n_sought, features, settings, max_components)
     if result is None:
-        raise ValueError(
-            f"The {len(X)} training rows do not differ beyond rounding, so that they have no density. Give at least "
-            "two distinct rows; a constant offset far larger than the variation hides it."
-        )
+        raise ValueError(_NO_DIFFERENCE.format(len(X)))
     density, is_kept = result
     if leave_out_groups and settings.bandwidth == "loo":
         places = fold_places(int(is_kept.sum()), groups.to(X.device)[is_kept])

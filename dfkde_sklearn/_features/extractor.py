@@ -22,6 +22,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from dfkde_sklearn._callbacks import CallbackSupportMixin, one_task
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import Check, as_json, checked_parameters, is_integer_from, is_tuple_of, set_fitted
 from dfkde_sklearn._features.cache import Cache, check_cache, feature_matrix, numerics
@@ -37,7 +38,7 @@ IS_GRID = is_tuple_of(is_integer_from(1), 2)
 _OF_THE_MACHINE = ("device", "cache")
 
 
-class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
+class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, metaclass=ABCMeta):
     """Base class of the transformers from images to feature rows.
 
     A subclass has a constructor with at least the parameters below, and says what its features are by the methods
@@ -78,6 +79,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
     }
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @one_task
     def fit(self, X: Any, y: Any = None) -> Self:
         """Check the parameters and set the fitted attributes; nothing is learnt from the images.
 
@@ -108,6 +110,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator, metaclass=ABCMeta):
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @one_task
     def fit_transform(self, X: Any, y: Any = None) -> NDArray[np.float32]:
         """Fit, and return the features of the images.
 
