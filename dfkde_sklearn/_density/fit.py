@@ -22,8 +22,8 @@ FOLD_WIDTH = 1024
 _WIDTH_PER_AXIS = 4
 
 _NO_DIFFERENCE = (
-    "The {} training rows do not differ beyond rounding, so that they have no density. Give at least two distinct rows; "
-    "a constant offset far larger than the variation hides it."
+    "The {} training rows do not differ beyond rounding, so that they have no density. Give at least two distinct "
+    "rows; a constant offset far larger than the variation hides it."
 )
 
 
