@@ -57,11 +57,8 @@ print("labels agree:", bool((compiled({"images": rgb})["label"] == detector.pred
 # Where Python is available, the saved detector is enough. It is loaded once; what is no image is answered with an
 # error.
 
-import io
-
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
-from PIL import Image, UnidentifiedImageError
 
 detector.save(folder / "detector.safetensors")
 served = PatchDFKDEDetector.load(folder / "detector.safetensors")
@@ -71,9 +68,8 @@ app = FastAPI()
 @app.post("/score")
 async def score(request: Request):
     try:
-        image = Image.open(io.BytesIO(await request.body()))
-        assessment = served.assess([image])
-    except (UnidentifiedImageError, ValueError) as error:
+        assessment = served.assess([await request.body()])
+    except ValueError as error:
         raise HTTPException(422, str(error)) from None
     return {
         "label": int(assessment.label[0]),
@@ -84,6 +80,10 @@ async def score(request: Request):
 
 # %%
 # As a client sees it:
+
+import io
+
+from PIL import Image
 
 buffer = io.BytesIO()
 Image.fromarray(data.X_test[0]).save(buffer, format="png")
