@@ -8,7 +8,11 @@ from typing import Any
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
+
+    # The calls that `one_task` puts around a method, for the `stacklevel` of warnings.
+    N_CALLS = 2
 except ImportError:
+    N_CALLS = 1
 
     class CallbackSupportMixin:  # type: ignore[no-redef]
         """Stands for the one of later versions."""

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from dfkde_sklearn._calibration import CONFIDENCE, CalibratedOutlierMixin, judged_scores, labels, weighted_mean
-from dfkde_sklearn._callbacks import CallbackSupportMixin, one_task
+from dfkde_sklearn._callbacks import N_CALLS, CallbackSupportMixin, one_task
 from dfkde_sklearn._density.estimate import Settings, n_removed
 from dfkde_sklearn._density.explain import explained
 from dfkde_sklearn._density.fit import fit
@@ -358,7 +358,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixi
                 "share a fold, so that the threshold holds for new rows, but each has its kernel in the density. "
                 "Leave them out unless they are meant.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=4 + N_CALLS,
             )
         if training.n_unrefitted:
             n_components = training.fitted.density.axes.shape[1]
@@ -367,7 +367,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixi
                 f"others span fewer than n_components_={n_components} dimensions. The threshold and the p-values may "
                 "be far off on new rows. Use fewer components or more distinct rows.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=4 + N_CALLS,
             )
         self._keep(training.fitted)
         self.calibration_scores_ = self._scores_of_all(

@@ -14,6 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from dfkde_sklearn._callbacks import N_CALLS
 from dfkde_sklearn._density.eigen import leading_eigenpairs
 from dfkde_sklearn._density.folds import N_FOLDS, copies, fold_places
 
@@ -205,7 +206,7 @@ def warn_of_near_duplicates(table: NDArray[np.number], what: str, n_folds: int =
             "their features tell: several seem to show one part, or parts of one lot. The threshold then does not hold "
             "for new ones. Say which belong together: fit(X, groups=...), or dfkde fit --groups.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=5 + N_CALLS,
         )
 
 

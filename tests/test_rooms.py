@@ -34,7 +34,7 @@ ALLOWED = {
     "_inputs": set(),
     "_callbacks": set(),
     "_matrices": {"_inputs"},
-    "_groups": {"_density"},
+    "_groups": {"_callbacks", "_density"},
     "_explanation": set(),
     "_pyod": set(),
     "_maps": {"_explanation"},
