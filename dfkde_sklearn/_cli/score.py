@@ -160,6 +160,12 @@ def run(options: argparse.Namespace) -> int:
     detector = _with_threshold(options, detector)
     monitor = _monitor(options.monitor, detector)
     say(options, f"Scoring {len(paths)} images")
+    sees_whole_images = getattr(detector.features_, "sees_whole_images", True)
+    if options.maps is not None and not sees_whole_images:
+        raise ValueError(
+            f"--maps needs features of whole images, and those of MODEL {options.model} are of cropped ones: its maps "
+            "would be of another part of the image. Leave --maps out, or fit with crop='squash'."
+        )
     assessment, grid_maps, broken = _assess(detector, paths, options.skip_broken)
     readable = [path for path in paths if path not in broken]
     if groups is not None:
@@ -184,7 +190,7 @@ def run(options: argparse.Namespace) -> int:
         (path, partial(FORMATS[name], table)) for name, path in files.items()
     ]
     shown: dict[str, ShownMap] = {}
-    if isinstance(detector, PatchDFKDEDetector):
+    if isinstance(detector, PatchDFKDEDetector) and sees_whole_images:
         shown = {path: ShownMap(detector, path, of_grid) for path, of_grid in zip(readable, grid_maps, strict=True)}
     if options.sheet is not None:
         outputs.append((options.sheet, lambda: sheet(options.model.name, summary, by_score[:N_WORST], shown)))

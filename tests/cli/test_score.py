@@ -13,7 +13,7 @@ from command_line import SCATTERING, rows_of, run
 from PIL import Image
 from sklearn.base import clone
 
-from dfkde_sklearn import DFKDEDetector, DriftMonitor, PatchDFKDEDetector
+from dfkde_sklearn import DFKDEDetector, DriftMonitor, PatchDFKDEDetector, TimmFeatures
 from dfkde_sklearn._features import scattering
 from dfkde_sklearn._report.contact_sheet import ANOMALOUS, NORMAL
 from dfkde_sklearn.datasets import load_mvtec_folder
@@ -129,6 +129,17 @@ def test_maps_show_where_the_defects_are(positions, textures, tmp_path):
             assert shown.mode == "RGB"
     assert np.mean(overlaps) > 0.5
     assert sum(verdicts[path] == "anomalous" for path in holes) >= 15
+
+
+def test_maps_of_cropped_images_are_refused(textures, tmp_path, capsys):
+    features = TimmFeatures(
+        "test_resnet", pretrained=False, layers="layer2", pooling=None, crop="center", image_size=64, random_state=0
+    )
+    model = tmp_path / "model.safetensors"
+    PatchDFKDEDetector(features).fit(textures / "train" / "good").save(model)
+    assert run("score", model, textures / "test", "--maps", tmp_path / "maps") == 2
+    assert "cropped" in capsys.readouterr().err
+    assert not (tmp_path / "maps").exists()
 
 
 def test_existing_maps_are_kept_unless_forced(positions, textures, tmp_path, capsys):
