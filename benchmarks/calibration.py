@@ -145,7 +145,7 @@ def cases(options: Any, extractor: TimmFeatures | None) -> dict[str, tuple[Any, 
                 f"{name}, at each position": (PatchDFKDEDetector(None), of_images(images, maps, max(1, n // 3))),
             }
     if options.quick:
-        return {name: case for name, case in found.items() if "cells" not in name}
+        return {name: case for name, case in found.items() if "cells" not in name and "position" not in name}
     found["generated, 64 features, N = 60"] = DFKDEDetector(None, **AUTO), generated(60, 4 * n)
     found["generated, 64 features, N = 200"] = DFKDEDetector(None, **AUTO), generated(200, 4 * n)
     found["cloth by wavelets, N = 300, auto and box"] = DFKDEDetector(None, **AUTO_AND_BOX), cloth(300, n)
