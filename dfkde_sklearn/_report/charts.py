@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Units of the picture, which is scaled to the width that there is: small, so that text stays readable on a phone.
+# Size of the picture, which is scaled to the available width: small, so that text stays readable on a phone.
 WIDTH, HEIGHT = 420, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 22, 56, 44
 _N_TICKS = 5

@@ -45,7 +45,7 @@ for rate in (0.01, 0.02, 0.05, 0.1, 0.2):
 # --------------
 #
 # Without labels, the share that is called anomalous tells how much work a threshold makes. Where good parts are known,
-# their p-values tell whether the promise is kept: their curve should stay within the band.
+# their p-values show whether the promise is kept: their curve should stay within the band.
 
 PValueDisplay.from_predictions(assessment.p_value[~is_bad])
 

@@ -40,8 +40,8 @@ detector = DFKDEDetector.from_torch(model)
 scores = detector.score_samples(data.X_test)
 
 # %%
-# The original's threshold is a log density of 12, whatever the features are. That is why so many of its images are
-# called anomalous, or none. A detector that is fitted here sets it by a rate of false alarms:
+# The original's threshold is a log density of 12, regardless of the features: all images are called anomalous, or none.
+# A detector that is fitted here sets the threshold by a rate of false alarms:
 
 import matplotlib.pyplot as plt
 
