@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from dfkde_sklearn._explanation import Region
 # quarter, 4 pixels of a map of stride 16.
 FINE = 8
 _SIGMA = 0.25
+
+
+def lie_over_images(extractor: Any) -> bool:
+    """Return whether maps of the features of an extractor lie over whole images, and not over a part cut out."""
+    return bool(getattr(extractor, "sees_whole_images", True))
 
 
 def fine_maps(maps: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -42,7 +42,7 @@ from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._inputs import repeatable
-from dfkde_sklearn._maps import fine_maps, image_maps, regions_of
+from dfkde_sklearn._maps import fine_maps, image_maps, lie_over_images, regions_of
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
 
 if TYPE_CHECKING:
@@ -574,7 +574,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSuppor
             return grid_maps, grid_maps
         if self.features_ is None:
             raise ValueError("resolution='image', but X holds features, and no images that have pixels: use 'grid'.")
-        if not getattr(self.features_, "sees_whole_images", True):
+        if not lie_over_images(self.features_):
             raise ValueError(
                 f"resolution='image' needs features of whole images, and {self.features_!r} crops them. Fit with "
                 "crop='squash', or use resolution='grid'."

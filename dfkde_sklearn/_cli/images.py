@@ -117,11 +117,8 @@ def _in_list(source: str, is_null: bool) -> Iterator[str]:
     names = [name for name in names if name]
     if not names:
         raise ValueError(f"{where}: the list names no image.")
-    from dfkde_sklearn._images import as_images
-
     for name in names:
-        images = as_images(os.fsdecode(name))
-        yield from (images.name(i) for i in range(len(images)))
+        yield from paths_at(os.fsdecode(name))
 
 
 def _standard_input() -> bytes:

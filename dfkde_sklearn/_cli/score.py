@@ -137,6 +137,7 @@ def run(options: argparse.Namespace) -> int:
     from dfkde_sklearn import PatchDFKDEDetector
     from dfkde_sklearn._cli.pictures import ShownMap, map_files, sheet
     from dfkde_sklearn._cli.summary import worst_first
+    from dfkde_sklearn._maps import lie_over_images
 
     _check_arguments(options)
     paths = image_paths(options)
@@ -160,8 +161,8 @@ def run(options: argparse.Namespace) -> int:
     detector = _with_threshold(options, detector)
     monitor = _monitor(options.monitor, detector)
     say(options, f"Scoring {len(paths)} images")
-    sees_whole_images = getattr(detector.features_, "sees_whole_images", True)
-    if options.maps is not None and not sees_whole_images:
+    has_image_maps = lie_over_images(detector.features_)
+    if options.maps is not None and not has_image_maps:
         raise ValueError(
             f"--maps needs features of whole images, and those of MODEL {options.model} are of cropped ones: its maps "
             "would be of another part of the image. Leave --maps out, or fit with crop='squash'."
@@ -190,7 +191,7 @@ def run(options: argparse.Namespace) -> int:
         (path, partial(FORMATS[name], table)) for name, path in files.items()
     ]
     shown: dict[str, ShownMap] = {}
-    if isinstance(detector, PatchDFKDEDetector) and sees_whole_images:
+    if isinstance(detector, PatchDFKDEDetector) and has_image_maps:
         shown = {path: ShownMap(detector, path, of_grid) for path, of_grid in zip(readable, grid_maps, strict=True)}
     if options.sheet is not None:
         outputs.append((options.sheet, lambda: sheet(options.model.name, summary, by_score[:N_WORST], shown)))

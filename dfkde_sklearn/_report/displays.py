@@ -12,16 +12,15 @@ from sklearn.utils.validation import check_is_fitted
 from dfkde_sklearn._explanation import Explanation
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._inputs import repeatable
+from dfkde_sklearn._maps import lie_over_images
 from dfkde_sklearn._report.gallery import checked_mask, nearest, pictures
-from dfkde_sklearn._report.quality import kinds_of_images, operating_points
+from dfkde_sklearn._report.quality import CURVE_RATES, kinds_of_images, operating_points
 from dfkde_sklearn.datasets._mvtec import NORMAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Rates of false alarms of an operating curve.
-_RATES = np.concatenate([np.linspace(0.001, 0.05, 50), np.linspace(0.055, 0.3, 50)])
 _N_BINS = 50
 # In units of the range of the calibration scores: scores farther away are drawn at the border.
 _REACH = 1.5
@@ -55,11 +54,15 @@ def _detector(estimator: Any) -> Any:
     return last
 
 
+def _seen_by_detector(estimator: Any, X: Any) -> Any:
+    """Return X as the last step of a pipeline sees it."""
+    for _, step in getattr(estimator, "steps", [])[:-1]:
+        X = X if step in (None, "passthrough") else step.transform(X)
+    return X
+
+
 def _scores(estimator: Any, X: Any) -> NDArray[np.floating]:
-    if hasattr(estimator, "steps"):
-        for _, step in estimator.steps[:-1]:
-            X = X if step in (None, "passthrough") else step.transform(X)
-    return np.asarray(_detector(estimator).score_samples(X))
+    return np.asarray(_detector(estimator).score_samples(_seen_by_detector(estimator, X)))
 
 
 def _checked_scores(scores: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -380,7 +383,7 @@ class OperatingCurveDisplay:
         values = _checked_scores(scores, "scores")
         is_defective = _is_defective(y, len(values))
         calibration = _checked_scores(calibration_scores, "calibration_scores")
-        points = operating_points(_RATES, calibration, values, is_defective)
+        points = operating_points(CURVE_RATES, calibration, values, is_defective)
         asked, _, called, kept, found = np.array(points).T
         if is_defective is None:
             return cls(asked, called, target_fpr=target_fpr).plot(ax)
@@ -643,13 +646,17 @@ class AnomalyMapDisplay:
         TypeError
             If the estimator has no maps, or was fitted on features.
         ValueError
-            If there is not one mask for each image, or of another shape.
+            If there is not one mask for each image, or of another shape; or if the features are of cropped images.
         """
         detector = _detector(estimator)
         if not hasattr(detector, "assess_with_maps"):
             raise TypeError(f"{type(detector).__name__} has no maps: fit a PatchDFKDEDetector, or draw a ScoreDisplay.")
         if detector.features_ is None:
             raise TypeError("The detector was fitted on features, and there are no images to draw. Fit it on images.")
+        if not lie_over_images(detector.features_):
+            raise ValueError(
+                f"{detector.features_!r} crops images, so that maps do not lie over them. Fit with crop='squash'."
+            )
         X = repeatable(X)
         images = as_images(X, getattr(detector.features_, "white_level", None))
         assessment, maps = detector.assess_with_maps(X, resolution="grid")
@@ -853,10 +860,7 @@ class ExplanationDisplay:
             raise TypeError(
                 f"{type(detector).__name__} explains no rows: its maps and regions say where an image is anomalous."
             )
-        if hasattr(estimator, "steps"):
-            for _, step in estimator.steps[:-1]:
-                X = X if step in (None, "passthrough") else step.transform(X)
-        return cls.from_explanation(detector.explain(X), row=row, n_terms=n_terms, ax=ax)
+        return cls.from_explanation(detector.explain(_seen_by_detector(estimator, X)), row=row, n_terms=n_terms, ax=ax)
 
     @classmethod
     def from_explanation(

@@ -22,13 +22,11 @@ from dfkde_sklearn._files import check_writable, write_file
 from dfkde_sklearn._images import Images, as_images
 from dfkde_sklearn._report.charts import Axis, Mark, Series, histogram, line_chart
 from dfkde_sklearn._report.facts import learnt, promises, thresholds
-from dfkde_sklearn._report.quality import RATES, kinds_of_images, operating_points, quality_facts
+from dfkde_sklearn._report.quality import CURVE_RATES, RATES, kinds_of_images, operating_points, quality_facts
 from dfkde_sklearn._report.scored import Scored, neighbours, score_images
 from dfkde_sklearn._report.text import percent, printable
 from dfkde_sklearn.datasets._mvtec import NORMAL
 
-# The rates asked of the operating curve: none that anybody would ask for is higher.
-_CURVE_RATES = np.concatenate([np.linspace(0.0025, 0.05, 20), np.linspace(0.06, 0.3, 25)])
 VERDICTS = ("normal", "anomalous", "broken")
 
 
@@ -286,7 +284,7 @@ def _charts(
         note += f" {n_beyond} images lie beyond the chart, and are counted in its outermost bars."
     charts = [{"heading": "Distribution of the scores", "picture": distribution, "note": note}]
 
-    points = operating_points(_CURVE_RATES, detector.calibration_scores_, scores, is_defective)
+    points = operating_points(CURVE_RATES, detector.calibration_scores_, scores, is_defective)
     rates = [point.rate for point in points]
     curves = [Series("called anomalous", "new", rates, [point.called for point in points])]
     if is_defective is not None:

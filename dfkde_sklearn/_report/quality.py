@@ -16,6 +16,8 @@ from dfkde_sklearn.datasets._mvtec import NORMAL
 
 # The rates of false alarms that a table of thresholds asks for.
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+# Those of an operating curve: none that anybody would ask for is higher.
+CURVE_RATES = np.concatenate([np.linspace(0.001, 0.05, 50), np.linspace(0.055, 0.3, 50)])
 # What images that are not good are called where labels are numbers.
 DEFECTIVE = "defective"
 

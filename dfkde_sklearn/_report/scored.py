@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dfkde_sklearn._calibration import Assessment
 from dfkde_sklearn._images import MAX_THREADS, Images
+from dfkde_sklearn._maps import lie_over_images
 from dfkde_sklearn._report.gallery import (
     Candidates,
     Section,
@@ -165,7 +166,7 @@ def _has_maps(detector: Any) -> bool:
     """Return whether the detector has maps that lie over its images."""
     if not hasattr(detector, "assess_with_maps") or prod(detector.grid_shape_) == 1:
         return False
-    return getattr(detector.features_, "sees_whole_images", True)
+    return lie_over_images(detector.features_)
 
 
 def _assessed(detector: Any, images: Any, has_maps: bool) -> tuple[Assessment, NDArray[np.floating] | None]:
@@ -183,7 +184,7 @@ def neighbours(
     Parameters
     ----------
     detector : detector
-        Whose features tell what is alike.
+        Its features determine which images are similar.
     images, training : Images
         Those of the report, and those of the fit.
     shown : list of int

@@ -19,6 +19,7 @@ from dfkde_sklearn import (
     PValueDisplay,
     ScatteringFeatures,
     ScoreDisplay,
+    TimmFeatures,
 )
 from dfkde_sklearn.datasets import make_textures
 
@@ -132,6 +133,16 @@ def test_maps_are_drawn_with_defects_and_the_most_similar_training_images(of_ima
     )
     assert saved.axes_.shape == (3, 2)
     np.testing.assert_array_equal(np.asarray(saved.overlays[0]), np.asarray(display.overlays[0]))
+
+
+def test_maps_of_cropped_images_are_refused():
+    data = make_textures(n_train=12, n_test=1, image_size=64, random_state=0)
+    features = TimmFeatures(
+        "test_resnet", pretrained=False, layers="layer2", pooling=None, crop="center", image_size=32, random_state=0
+    )
+    detector = PatchDFKDEDetector(features).fit(data.X_train)
+    with pytest.raises(ValueError, match="crops images"):
+        AnomalyMapDisplay.from_estimator(detector, data.X_test)
 
 
 def test_bad_input_is_an_error(of_images):
