@@ -32,7 +32,8 @@ from dfkde_sklearn._cli.output import (
     shows_progress,
     summarize,
 )
-from dfkde_sklearn._cli.tables import Row, as_csv, as_json, as_jsonl, as_parquet, decimal, parquet_library
+from dfkde_sklearn._cli.tables import Row, as_csv, as_json, as_jsonl, as_parquet, parquet_library
+from dfkde_sklearn._report.text import decimal
 
 if TYPE_CHECKING:
     from dfkde_sklearn import Assessment, DFKDEDetector, DriftMonitor, PatchDFKDEDetector

@@ -37,11 +37,6 @@ class Row(NamedTuple):
     reason: str
 
 
-def decimal(number: Any) -> float:
-    """Return the shortest decimal number that a NumPy number is, so that all formats hold the same one."""
-    return float(str(number))
-
-
 def as_csv(rows: Sequence[Row]) -> bytes:
     """Return the rows as CSV, with a header."""
     text = io.StringIO()

@@ -24,7 +24,7 @@ from dfkde_sklearn._report.charts import Axis, Mark, Series, histogram, line_cha
 from dfkde_sklearn._report.facts import learnt, promises, thresholds
 from dfkde_sklearn._report.quality import CURVE_RATES, RATES, kinds_of_images, operating_points, quality_facts
 from dfkde_sklearn._report.scored import Scored, neighbours, score_images
-from dfkde_sklearn._report.text import percent, printable
+from dfkde_sklearn._report.text import decimal, percent, printable
 from dfkde_sklearn.datasets._mvtec import NORMAL
 
 VERDICTS = ("normal", "anomalous", "broken")
@@ -247,9 +247,8 @@ def _rows(scored: Scored, names: Sequence[str], kinds: NDArray[np.str_] | None) 
     columns: dict[str, list[Any]] = {name: [None] * len(names) for name in ("score", "p_anomalous", "p_value")}
     columns["verdict"] = [VERDICTS.index("broken")] * len(names)
     for i, score, p_value, p_anomalous, label in zip(scored.readable, *scored.assessment, strict=True):
-        # As NumPy prints them: no more digits than tell the number from others of its dtype.
-        columns["score"][i], columns["p_anomalous"][i], columns["p_value"][i] = (
-            float(str(value)) for value in (score, p_anomalous, p_value)
+        columns["score"][i], columns["p_anomalous"][i], columns["p_value"][i] = map(
+            decimal, (score, p_anomalous, p_value)
         )
         columns["verdict"][i] = int(label == -1)
     rows: dict[str, Any] = {"name": names, **columns}

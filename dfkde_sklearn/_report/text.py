@@ -1,6 +1,8 @@
-"""Text as it is safe to show."""
+"""Text and numbers as they are safe to show."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -35,3 +37,8 @@ def percent(share: float) -> str:
         Such as "5 %" or "0.25 %".
     """
     return f"{100 * share:.3g} %"
+
+
+def decimal(number: Any) -> float:
+    """Return the shortest decimal number that a NumPy number is, so that all formats hold the same one."""
+    return float(str(number))
