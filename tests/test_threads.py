@@ -191,7 +191,7 @@ threading.Thread(target=later).start()
 def test_a_process_ends_after_what_the_threads_are_at(run):
     # Not a daemon that computes with torch itself: as Python ends it, torch ends the process, whatever it computes.
     script = f"""
-import threading, time, torch
+import os, threading, time, torch
 from dfkde_sklearn._threads import on_single_core, run_on_single_cores
 begun = threading.Event()
 
@@ -200,7 +200,7 @@ def task():
     until = time.monotonic() + 1
     while time.monotonic() < until:
         torch.ones(50, 50) @ torch.ones(50, 50)
-    print("done", flush=True)
+    os.write(1, b"done\\n")  # whole, as two threads print at a time
 
 def wait_for_ever():
     {run}
