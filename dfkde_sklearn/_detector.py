@@ -31,10 +31,10 @@ from dfkde_sklearn._device import as_device
 from dfkde_sklearn._explanation import Explanation
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
-from dfkde_sklearn._incremental import PartialFitMixin
 from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
+from dfkde_sklearn._streams import StreamsMixin
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
@@ -50,7 +50,7 @@ _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwid
 _POSITIVE = Interval(Real, float(np.finfo(np.float64).tiny), None, closed="left")
 
 
-class DFKDEDetector(CalibratedOutlierMixin, PartialFitMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
+class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
     """Deep feature kernel density estimation: an outlier detector for images and feature rows.
 
     A feature extractor turns images into feature rows, these are reduced to their principal components, and a Gaussian

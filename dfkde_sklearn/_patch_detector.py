@@ -41,10 +41,10 @@ from dfkde_sklearn._explanation import Region
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copies
 from dfkde_sklearn._images import as_images
-from dfkde_sklearn._incremental import PartialFitMixin
 from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._maps import fine_maps, image_maps, lie_over_images, regions_of
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
+from dfkde_sklearn._streams import StreamsMixin
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
@@ -62,7 +62,7 @@ _MAP_IMAGES = 500
 _FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {None: (), "horizontal": ((1,),), "all": ((1,), (0,), (0, 1))}
 
 
-class PatchDFKDEDetector(CalibratedOutlierMixin, PartialFitMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
+class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
     """A kernel density at every position of an image: an outlier detector that says where.
 
     A feature extractor describes every position of an image, on a grid of 14 x 14 say, by a vector. A Gaussian kernel

@@ -36,7 +36,11 @@ ALLOWED = {
     "_matrices": {"_inputs"},
     "_groups": {"_callbacks", "_density"},
     "_explanation": set(),
-    "_incremental": {"_callbacks", "_density", "_features", "_groups", "_images", "_inputs", "_matrices"},
+    "_batch": {"_threads"},
+    "_streams": {
+        *("_batch", "_calibration", "_callbacks", "_density", "_features", "_groups", "_images", "_inputs"),
+        *("_matrices",),
+    },
     "_pyod": set(),
     "_maps": {"_explanation"},
     "_images": {"_inputs", "_threads"},
@@ -49,11 +53,11 @@ ALLOWED = {
     "_classifier": {"_calibration", "_callbacks"},
     "_detector": {
         *("_calibration", "_deploy", "_density", "_explanation", "_kernels", "_features", "_device", "_groups"),
-        *("_callbacks", "_incremental", "_inputs", "_matrices"),
+        *("_callbacks", "_streams", "_inputs", "_matrices"),
     },
     "_patch_detector": {
         *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices"),
-        *("_callbacks", "_explanation", "_incremental", "_inputs"),
+        *("_callbacks", "_explanation", "_streams", "_inputs"),
     },
     "_report": {"_calibration", "_explanation", "_images", "_inputs", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},

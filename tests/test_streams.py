@@ -1,12 +1,14 @@
-"""Fits in parts: `partial_fit`, and fits to streams in bounded memory."""
+"""Streams: `partial_fit`, fits in bounded memory, and answers in order."""
 
 import pickle
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
-from sklearn.base import clone
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 
@@ -188,3 +190,117 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         int(subprocess.check_output([sys.executable, "-W", "ignore", "-c", script, str(n)])) for n in (400, 2000)
     )
     assert many < 1.02 * few
+
+
+# Answers for streams
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return clone(DETECTORS["pooled"]).fit(IMAGES)
+
+
+def assert_answers(found, expected):
+    for i, values in enumerate(expected):
+        # Other batches round otherwise.
+        np.testing.assert_allclose([answers[i] for answers in found], values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("batch_size", [1, 7, 60, 100])
+def test_a_stream_gets_the_answers_of_assess_in_order(kind, batch_size):
+    detector = clone(DETECTORS[kind]).fit(IMAGES)
+    expected = detector.assess(IMAGES)
+    pairs, batches = ((image, 0) for image in IMAGES), iter([IMAGES[:30, None], IMAGES[30:, None]])
+    for images in (iter(IMAGES), IMAGES, pairs, batches):
+        found = list(detector.score_stream(images, batch_size=batch_size))
+        assert type(found[0]) is type(expected)
+        assert isinstance(found[0].label, int)
+        assert_answers(found, expected)
+
+
+def test_a_folder_and_paths_are_streams_too(fitted, tmp_path):
+    for i in range(5):
+        Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    for images in (tmp_path, paths, iter(paths)):
+        assert_answers(list(fitted.score_stream(images, batch_size=2)), fitted.assess(IMAGES[:5]))
+
+
+def test_rows_and_matrices_are_streams():
+    detector = DFKDEDetector(n_components=3).fit(ROWS)
+    expected = detector.assess(ROWS[:50])
+    for rows in (ROWS[:50], iter(ROWS[:50]), iter([ROWS[:20], ROWS[20], ROWS[21:50]]), ROWS[:50].tolist()):
+        found = list(detector.score_stream(rows))
+        np.testing.assert_allclose([answers.log_density for answers in found], expected.log_density, rtol=1e-5)
+        assert [answers.label for answers in found] == expected.label.tolist()
+
+
+def test_any_transformer_scores_streams():
+    images = [row.reshape(3, 4) for row in ROWS[:30]]
+
+    class Flat(TransformerMixin, BaseEstimator):
+        def fit(self, X, y=None):
+            return self
+
+        def transform(self, X):
+            return np.array([image.ravel() for image in X])
+
+    detector = DFKDEDetector(Flat(), n_components=2).fit(images)
+    assert_answers(list(detector.score_stream(iter(images), batch_size=30)), detector.assess(images))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_all_answers_before_a_broken_image_come_first(fitted, batch_size):
+    def images():
+        yield from IMAGES[:10]
+        yield np.full((32, 32), np.nan)
+        yield from IMAGES
+
+    found = []
+    with pytest.raises(ValueError, match=r"images\[10\]: NaN"):
+        found.extend(fitted.score_stream(images(), batch_size=batch_size))
+    assert_answers(found, fitted.assess(IMAGES[:10]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_all_answers_before_an_error_of_the_stream_come_first(fitted, batch_size):
+    def images():
+        yield from IMAGES[:10]
+        raise ConnectionError("the camera is off")
+
+    found = []
+    with pytest.raises(ConnectionError, match="the camera is off"):
+        found.extend(fitted.score_stream(images(), batch_size=batch_size))
+    assert_answers(found, fitted.assess(IMAGES[:10]))
+
+
+def test_no_more_of_a_stream_is_read_than_is_needed_soon(fitted):
+    read = []
+
+    def images():
+        for i in range(1000):
+            read.append(i)
+            yield IMAGES[i % 60]
+
+    answers = fitted.score_stream(images(), batch_size=5)
+    assert not read  # nothing happens before the first answer is asked for
+    next(answers)
+    assert len(read) <= 15
+    answers.close()
+    n_read = len(read)
+    assert not [thread for thread in threading.enumerate() if "ahead" in thread.name]
+    assert len(read) == n_read
+
+
+@pytest.mark.parametrize("empty", [[], iter([]), (image for image in [])])
+def test_an_empty_stream_has_no_answers(fitted, empty):
+    with pytest.raises(ValueError, match=r"at least one is needed|gave no image or row"):
+        list(fitted.score_stream(empty))
+
+
+def test_streams_of_a_detector_that_is_not_fitted_are_refused_at_once():
+    with pytest.raises(NotFittedError):
+        DFKDEDetector().score_stream(IMAGES)
+    with pytest.raises(ValueError, match="batch_size"):
+        DFKDEDetector().fit(ROWS).score_stream(ROWS, batch_size=0)

@@ -1,27 +1,32 @@
-"""Fits in bounded memory: of streams in one pass, and of data that come part by part."""
+"""Streams, in bounded memory: fits in one pass, fits to data that come part by part, and answers in order."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import _fit_context, clone
 from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, validate_parameter_constraints
+from sklearn.utils.validation import check_is_fitted
 
+from dfkde_sklearn._batch.iterate import answers_in_order, not_empty, parts_of_rows, parts_of_sequence, parts_of_stream
+from dfkde_sklearn._calibration import Assessment
 from dfkde_sklearn._callbacks import one_task
 from dfkde_sklearn._density.stream import RowSample
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import group_labels
 from dfkde_sklearn._images import as_images
-from dfkde_sklearn._inputs import is_stream
+from dfkde_sklearn._inputs import is_stream, stream_items
 from dfkde_sklearn._matrices import is_matrix
 
 
-class PartialFitMixin:
-    """`partial_fit` of a detector, and the part of its `fit` that reads images one after the other.
+class StreamsMixin:
+    """What a detector does with streams: `partial_fit`, `score_stream`, and a `fit` that reads some images at a time.
 
     A class that uses the mixin has the parameters and methods below.
     """
@@ -37,6 +42,7 @@ class PartialFitMixin:
 
         def _default_extractor(self) -> FeatureExtractor: ...
         def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]: ...
+        def assess(self, X: Any) -> Assessment: ...
         def _whole_table(self, X: Any, *, reset: bool) -> NDArray[np.number]: ...
         def _reads_parts(self) -> bool: ...
         def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]: ...
@@ -97,6 +103,65 @@ class PartialFitMixin:
             extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         vars(self).update(vars(extended))
         return self
+
+    def score_stream(self, X: Any, *, batch_size: int = 64) -> Iterator[Assessment]:
+        """Yield log density, p-value, P(anomalous) and label of each image of a stream, in order.
+
+        In bounded memory, whatever the length: while the answers for some images are used, the next images are read,
+        described and scored in a thread.
+
+        Parameters
+        ----------
+        X : images, or iterable of array-likes
+            Images as in `fit`, most often a generator, a folder or a ``DataLoader``. For a detector of feature rows, a
+            feature matrix, or an iterable of rows (n_features,) or matrices.
+        batch_size : int, default=64
+            The number of images that are read and scored at a time.
+
+        Yields
+        ------
+        Assessment
+            Of a number each, for the next image or row.
+
+        Raises
+        ------
+        NotFittedError
+            If the detector is not fitted.
+        ValueError, TypeError, OSError
+            If the stream is empty, as a generator is that was used before; or as `assess`, once all answers before the
+            item that is at fault have been yielded. An error of the stream itself comes as it is, after the answers for
+            all that it gave.
+
+        See Also
+        --------
+        assess : The same as arrays, for images that are all there.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from dfkde_sklearn import DFKDEDetector
+        >>> rng = np.random.default_rng(0)
+        >>> detector = DFKDEDetector(n_components=4).fit(rng.normal(size=(200, 16)))
+        >>> rows = (rng.normal(size=16) + shift for shift in [0, 0, 5])
+        >>> [assessment.label for assessment in detector.score_stream(rows)]
+        [1, 1, -1]
+        """
+        check_is_fitted(self)
+        at_least_1 = [Interval(Integral, 1, None, closed="left")]
+        validate_parameter_constraints({"batch_size": at_least_1}, {"batch_size": batch_size}, "score_stream")
+        if self.features_ is None:
+            parts = parts_of_rows(X)
+        elif not isinstance(self.features_, FeatureExtractor):
+            parts = parts_of_stream(stream_items(X), batch_size, lambda some, _: some)
+        else:
+            white_level = self.features_.white_level
+            if is_stream(X):
+                parts = parts_of_stream(
+                    stream_items(X), batch_size, lambda some, first: as_images(some, white_level, first)
+                )
+            else:
+                parts = parts_of_sequence(as_images(X, white_level), batch_size)
+        return answers_in_order(self.assess, not_empty(parts))
 
     def _training_data(self, X: Any, groups: Any) -> tuple[NDArray[np.number], Any]:
         """Fit the feature extractor, and return the feature matrix with its groups.
