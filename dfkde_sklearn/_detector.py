@@ -79,7 +79,8 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         The term for the distance from the principal axes. "box" weighs it by its effective dimension [3]_, "gaussian"
         is the residual of probabilistic PCA [2]_, None scores the components alone.
     max_samples : int or None, default=40000
-        Fit on at most this many training rows, drawn with `random_state`, of `groups` whole ones; None takes all.
+        Fit on at most this many training rows, drawn with `random_state`, of `groups` whole ones; None takes all. Of
+        more images, and of streams, no other features are kept in memory.
     contamination : "auto" or float, default="auto"
         "auto" takes all training rows for normal. A float in (0, 0.5] is the share of them that is anomalous: the rows
         with the lowest scores leave the fit, and the threshold lies between them and the others.
@@ -126,7 +127,7 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         The training rows of the density, whitened: their covariance is the identity.
     calibration_scores_ : ndarray of shape (n_samples,)
         Log density of each training row from a fit without it, and then those of :meth:`recalibrate`; only these
-        set the threshold. See Notes.
+        set the threshold. Of images beyond `max_samples`, those that were drawn. See Notes.
     calibration_groups_ : ndarray of shape (n_samples,), int64
         The number of the group that each calibration score counts for: those of `groups`, or else each its own.
     offset_ : float
@@ -152,9 +153,10 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
     ``n_components="auto"`` keeps the first axes, as long as the variance of held-out rows is at most twice that of the
     rows that the axis was computed from.
 
-    Rows left out by `max_samples` or `contamination` are scored by the fit itself. The false-alarm rate holds for new
-    rows from the same distribution as the training rows. If several rows show one part, give their `groups` to
-    :meth:`fit`: folds are then of whole groups, `max_samples` draws whole groups, and the rate holds for new ones.
+    Rows of a feature matrix that are left out by `max_samples`, and rows left out by `contamination`, are scored by the
+    fit itself. The false-alarm rate holds for new rows from the same distribution as the training rows. If several rows
+    show one part, give their `groups` to :meth:`fit`: folds are then of whole groups, `max_samples` draws whole groups,
+    and the rate holds for new ones.
     Without `groups`, near-duplicates in different folds are looked for, and a warning says how many there are. Equal
     rows share a fold wherever they stand.
 

@@ -18,6 +18,7 @@ from dfkde_sklearn._callbacks import N_CALLS
 from dfkde_sklearn._density.eigen import leading_eigenpairs
 from dfkde_sklearn._density.folds import N_FOLDS, copies, fold_places
 from dfkde_sklearn._density.stream import sampled_places
+from dfkde_sklearn._threads import on_single_core
 
 # In standard deviations; its square is a number still.
 _FARTHEST = 1e100
@@ -211,7 +212,8 @@ def share_of_near_duplicates(table: NDArray[np.number], n_folds: int = N_FOLDS) 
 
 def warn_of_near_duplicates(table: NDArray[np.number], what: str, n_folds: int = N_FOLDS) -> None:
     """Warn if many rows of a table have a near-duplicate in another fold; `what` is what they are called."""
-    share = share_of_near_duplicates(table, n_folds)
+    # Small operations, between which threads of torch would wait for one another.
+    share = on_single_core(share_of_near_duplicates, table, n_folds)
     if share:
         warnings.warn(
             f"About {share:.0%} of the {len(table)} training {what} have a near-duplicate elsewhere in X, as far as "

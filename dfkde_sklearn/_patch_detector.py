@@ -98,7 +98,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         fewer images than channels.
     max_samples : int or None, default=1000
         Fit on at most this many training images, drawn with `random_state`, of `groups` whole ones; None takes all.
-        Each adds a kernel at every position.
+        Each adds a kernel at every position. Of more images, and of streams, no other features are kept in memory.
     contamination : "auto" or float, default="auto"
         "auto" takes all training images for normal. A float in (0, 0.5] is the share of them that is anomalous: the
         images with the lowest out-of-fold scores leave the fit, and the threshold lies between them and the others.
@@ -148,7 +148,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         The whitened training vectors; zero for a single Gaussian.
     calibration_scores_ : ndarray of shape (n_samples,)
         Score of each training image from a fit without it, and then those of :meth:`recalibrate`; only these
-        set the threshold. See Notes.
+        set the threshold. Of images beyond `max_samples`, those that were drawn. See Notes.
     calibration_groups_ : ndarray of shape (n_samples,), int64
         The number of the group that each calibration score counts for: those of `groups`, or else each its own.
     offset_ : float

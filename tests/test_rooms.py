@@ -34,7 +34,7 @@ ALLOWED = {
     "_inputs": set(),
     "_callbacks": set(),
     "_matrices": {"_inputs"},
-    "_groups": {"_callbacks", "_density"},
+    "_groups": {"_callbacks", "_density", "_threads"},
     "_explanation": set(),
     "_batch": {"_threads"},
     "_streams": {

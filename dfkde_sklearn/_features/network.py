@@ -95,9 +95,9 @@ class TimmFeatures(FeatureExtractor):
         1023 for 10 bits. Other samples are not affected. ``fit_transform``, and so the ``fit`` of a detector, warns
         if no value in the 16-bit images comes near the white level.
     batch_size : int, default=32
-        Number of images that are read ahead, and largest number that goes through the network at once. On a CPU fewer
-        images go at once where that is faster: as many as keep the largest activation within 20 MiB. Changes the
-        result by rounding only.
+        Number of images that are read ahead, and largest number that goes through the network at once. On a CPU it is
+        divided among the cores, and fewer images go at once where that is faster: as many as keep the largest
+        activation within 20 MiB. Changes the result by rounding only.
     cache : bool, str, PathLike or None, default=None
         Whether to keep features, layer by layer, and to reuse them. True: in the memory of this process, up to 1 GiB
         for all feature extractors. A path: in this folder, for any number of processes of this machine, until
@@ -159,6 +159,10 @@ class TimmFeatures(FeatureExtractor):
 
     Named backbones are shared in memory, and a pickle contains only their name. They are loaded again where
     they are needed; weights that differ from those of ``fit`` are an error. A module goes into the pickle itself.
+
+    On a CPU a named backbone with batch norms runs as a copy that computes the same in less time, with each batch norm
+    folded into its convolution, channels last, and several images side by side on a core each. If its results differ by
+    more than 1e-4 of the largest value, a warning says so, and the backbone itself is used. A module runs as it is.
 
     With `cache`, an image goes through the network only if a layer is not in the cache yet, and only as far
     as the last missing layer. The key of a feature is the content of the image (the bytes of its file, not its path)
