@@ -304,6 +304,7 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         """
         table, groups = self._training_data(X, groups)
         self._fit_table(table, groups)
+        self._keep_rows(table, groups)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
@@ -329,8 +330,10 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         ndarray of shape (n_samples,), int64
             +1 or -1.
         """
-        self._set_extractor(X)
-        scores = self._fit_table(self._whole_table(X, reset=True), groups)
+        self._begin(X)
+        table = self._whole_table(X, reset=True)
+        scores = self._fit_table(table, groups)
+        self._keep_rows(table, groups)
         return labels(self._margins(scores))
 
     def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]:
@@ -338,7 +341,7 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         group_numbers = with_copies(groups, table)
         calibration_groups = np.arange(len(table)) if groups is None else group_numbers.numpy()
         self._check_confidence(calibration_groups)
-        drawn = drawn_rows(len(table), self.max_samples, None if groups is None else group_numbers, self.random_state)
+        drawn = drawn_rows(len(table), self.max_samples, None if groups is None else group_numbers, self._seed)
         rows = floats(table if len(drawn) == len(table) else table[drawn])
         if groups is None:
             warn_of_near_duplicates(rows, "rows" if self.features_ is None else "images")

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.utils import check_random_state
 from torch import Tensor
 
 from dfkde_sklearn._callbacks import N_CALLS
@@ -121,9 +120,7 @@ def _is_missing(label: Any) -> bool:
         return True
 
 
-def drawn_rows(
-    n: int, max_samples: int | None, groups: Tensor | None, random_state: int | np.random.RandomState | None
-) -> NDArray[np.int64]:
+def drawn_rows(n: int, max_samples: int | None, groups: Tensor | None, seed: int) -> NDArray[np.int64]:
     """Return the places of at most `max_samples` of `n` rows, increasing.
 
     With `groups` (n,), int64, whole groups are drawn, so that no row left out belongs to a group in the fit. A group of
@@ -136,12 +133,11 @@ def drawn_rows(
     """
     if max_samples is None or n <= max_samples:
         return np.arange(n)
-    generator = check_random_state(random_state)
     if groups is None:
-        return sampled_places(n, max_samples, int(generator.randint(2**31 - 1)))
+        return sampled_places(n, max_samples, seed)
     _, of_row, sizes = np.unique(groups.numpy(), return_inverse=True, return_counts=True)
     # Any two of these have room.
-    order = generator.permutation(np.flatnonzero(sizes <= max_samples // 2))
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes <= max_samples // 2))
     if len(order) < 2:
         raise ValueError(
             f"max_samples={max_samples} has no room for two whole groups: {n} rows are in {len(sizes)} groups, "

@@ -299,6 +299,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         """
         table, groups = self._training_data(X, groups)
         self._fit_table(table, groups)
+        self._keep_rows(table, groups)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
@@ -323,8 +324,10 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         ndarray of shape (n_images,), int64
             +1 or -1.
         """
-        self._set_extractor(X)
-        scores = self._fit_table(self._whole_table(X, reset=True), groups)
+        self._begin(X)
+        table = self._whole_table(X, reset=True)
+        scores = self._fit_table(table, groups)
+        self._keep_rows(table, groups)
         return labels(self._margins(scores))
 
     def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]:
@@ -337,7 +340,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         group_ids = with_copies(groups, vectors.reshape(n, -1))
         calibration_groups = np.arange(n) if groups is None else group_ids.numpy()
         self._check_confidence(calibration_groups)
-        drawn = drawn_rows(n, self.max_samples, None if groups is None else group_ids, self.random_state)
+        drawn = drawn_rows(n, self.max_samples, None if groups is None else group_ids, self._seed)
         images = floats(vectors if len(drawn) == n else vectors[drawn])
         largest = int(group_ids[drawn].unique(return_counts=True)[1].max())
         if groups is not None and len(drawn) - largest < _MIN_IMAGES - 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
@@ -16,13 +17,16 @@ from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn._batch.iterate import answers_in_order, not_empty, parts_of_rows, parts_of_sequence, parts_of_stream
 from dfkde_sklearn._calibration import Assessment
-from dfkde_sklearn._callbacks import one_task
+from dfkde_sklearn._callbacks import N_CALLS, one_task
 from dfkde_sklearn._density.stream import RowSample
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import group_labels
 from dfkde_sklearn._images import as_images
 from dfkde_sklearn._inputs import is_stream, stream_items
-from dfkde_sklearn._matrices import is_matrix
+from dfkde_sklearn._matrices import floats, is_matrix
+
+# The size of training rows up to which `fit` keeps them for `partial_fit`.
+_KEPT_BYTES = 2**26
 
 
 class StreamsMixin:
@@ -35,7 +39,10 @@ class StreamsMixin:
     max_samples: int | None
     random_state: Any
     features_: Any
-    # Of `partial_fit`; `fit` does not keep it.
+    calibration_scores_: NDArray[np.floating]
+    # Decides which rows are drawn.
+    _seed: int
+    # The rows that `partial_fit` adds to.
     _sample: RowSample
 
     if TYPE_CHECKING:
@@ -54,7 +61,8 @@ class StreamsMixin:
 
         The rows of all calls, or a random `max_samples` of them, are kept, and each call fits to these anew. The result
         does not depend on how the rows were divided into calls: up to `max_samples` rows, it is that of `fit` on all of
-        them. A call takes as long as a `fit` on the kept rows.
+        them. A `fit` before it counts as the first call. A call takes as long as a `fit` on the kept rows. Scores that
+        `recalibrate` added are left out: give its rows too.
 
         Parameters
         ----------
@@ -74,10 +82,16 @@ class StreamsMixin:
         Raises
         ------
         ValueError
-            If the detector was fitted by `fit`, which keeps no rows, or read from a file of `save`; if `groups` are
-            given in some calls only; or as `fit`. The detector is then as it was.
+            If `fit` kept no rows, as they take more than 64 MiB or are of groups that were drawn; if the detector was
+            read from a file of `save`, which holds none; if `groups` are given in some calls only; or as `fit`. The
+            detector is then as it was.
         TypeError
             As `fit`.
+
+        Warns
+        -----
+        UserWarning
+            If scores that `recalibrate` added are left out; or as `fit`.
 
         See Also
         --------
@@ -86,15 +100,18 @@ class StreamsMixin:
         sample: RowSample | None = copy.copy(getattr(self, "_sample", None))
         if sample is None and hasattr(self, "calibration_scores_"):
             raise ValueError(
-                f"This {type(self).__name__} was fitted by fit, which keeps no training rows, or read from a file of "
-                "save, which holds none. Give all data to partial_fit, from the first on, and keep the detector by "
-                "joblib; clone(detector) is a new one. To move the threshold alone, use recalibrate."
+                f"This {type(self).__name__} has no training rows to add to: fit keeps up to 64 MiB of them, and none "
+                "where it drew groups, and a file of save holds none. Give all data to partial_fit, from the first on, "
+                "and keep the detector by joblib; clone(detector) is a new one. To move the threshold alone, use "
+                "recalibrate."
             )
+        n_added = len(self.calibration_scores_) - sample.n_seen if sample else 0
         # It takes the place of the detector when all has gone well.
         extended = copy.copy(self)
         is_first = sample is None
         if sample is None:
-            sample = RowSample(self.max_samples, self._drawn_seed())
+            extended._begin(X)
+            sample = RowSample(self.max_samples, extended._seed)
         sample.max_rows = self.max_samples
         before = None if is_first else sample.places
         _add(sample, extended._parts(X, reset=is_first), groups, self.max_samples)
@@ -102,6 +119,13 @@ class StreamsMixin:
         if before is None or not np.array_equal(before, sample.places):
             extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         vars(self).update(vars(extended))
+        if n_added > 0:
+            warnings.warn(
+                f"The {n_added} calibration scores that recalibrate added are left out, as partial_fit fits anew. Give "
+                "the rows or images of recalibrate to partial_fit too.",
+                UserWarning,
+                stacklevel=3 + N_CALLS,
+            )
         return self
 
     def score_stream(self, X: Any, *, batch_size: int = 64) -> Iterator[Assessment]:
@@ -168,19 +192,30 @@ class StreamsMixin:
 
         Of a stream, or of more images than `max_samples`, it has the rows that are drawn, and no others are kept.
         """
-        self._set_extractor(X)
+        self._begin(X)
         if isinstance(self.features_, FeatureExtractor) and self._reads_parts():
             X = X if is_stream(X) else as_images(X, self.features_.white_level)
             if is_stream(X) or (self.max_samples is not None and len(X) > self.max_samples):
-                sample = RowSample(self.max_samples, self._drawn_seed())
+                sample = RowSample(self.max_samples, self._seed)
                 _add(sample, self._parts(X, reset=True), groups, self.max_samples)
+                self._sample = sample
                 return sample.rows, sample.labels if sample.has_labels else None
         return self._whole_table(X, reset=True), groups
 
+    def _keep_rows(self, table: NDArray[np.number], groups: Any) -> None:
+        """Keep the rows of a fit for `partial_fit`, if there are few."""
+        sample = self.__dict__.pop("_sample", None)
+        is_drawn = self.max_samples is not None and len(table) > self.max_samples
+        if sample is None and not (is_drawn and groups is not None):
+            sample = RowSample(self.max_samples, self._seed)
+            n_most = len(table) if self.max_samples is None else min(len(table), self.max_samples)
+            if n_most * table[:1].nbytes <= _KEPT_BYTES:
+                _add(sample, [floats(table)], groups, self.max_samples)
+        if sample is not None and 0 < sample.rows_nbytes <= _KEPT_BYTES:
+            self._sample = sample
+
     def _parts(self, X: Any, *, reset: bool) -> Iterator[NDArray[np.number]]:
-        """Yield the feature matrix part by part; with `reset`, the feature extractor is fitted first."""
-        if reset:
-            self._set_extractor(X)
+        """Yield the feature matrix part by part; with `reset`, after `_begin`, the feature extractor is fitted."""
         if not isinstance(self.features_, FeatureExtractor) or not self._reads_parts():
             yield self._whole_table(X, reset=reset)
             return
@@ -189,18 +224,16 @@ class StreamsMixin:
             yield self._validated(part, reset=reset)
             reset = False
 
-    def _set_extractor(self, X: Any) -> None:
-        """Begin anew: set `features_` to a new feature extractor, or to None where X is a feature matrix."""
+    def _begin(self, X: Any) -> None:
+        """Begin anew: draw a seed, and set `features_` to a new feature extractor, or None for a feature matrix X."""
         self.__dict__.pop("_sample", None)
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
             self.features_ = None
         elif isinstance(self.features, str):
             self.features_ = self._default_extractor()
         else:
             self.features_ = clone(self.features)
-
-    def _drawn_seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(2**31 - 1))
 
 
 def _add(sample: RowSample, parts: Iterable[NDArray[Any]], groups: Any, max_samples: int | None) -> None:

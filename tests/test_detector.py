@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn._density.stream import sampled_places
 
 
 def rows(n, width=20, seed=0, rank=None):
@@ -523,7 +524,7 @@ def test_max_samples_draws_with_the_random_state():
     assert len(detector.kernel_centers_) == 50
     assert np.array_equal(detector.kernel_centers_, again.kernel_centers_)
     assert not np.array_equal(detector.kernel_centers_, other.kernel_centers_)
-    drawn = np.sort(np.random.RandomState(0).choice(200, 50, replace=False))
+    drawn = sampled_places(200, 50, np.random.RandomState(0).randint(2**31 - 1))
     others = np.setdiff1d(np.arange(200), drawn)
     np.testing.assert_allclose(detector.calibration_scores_[others], detector.score_samples(X[others]), rtol=1e-12)
     np.testing.assert_allclose(
@@ -537,7 +538,7 @@ def test_copies_among_rows_that_are_not_drawn_are_scored_as_the_drawn_ones():
     X = np.tile(rows(60, 8), (3, 1))
     with pytest.warns(UserWarning, match="exact copies"):
         detector = DFKDEDetector.original(n_components=3, max_samples=80, random_state=0).fit(X)
-    drawn = np.sort(np.random.RandomState(0).choice(180, 80, replace=False))
+    drawn = sampled_places(180, 80, np.random.RandomState(0).randint(2**31 - 1))
     for i in range(60):
         scores = detector.calibration_scores_[i::60]
         if any(j in drawn for j in (i, i + 60, i + 120)):

@@ -102,8 +102,43 @@ def test_a_pickled_detector_goes_on_where_it_was():
 def test_a_fit_begins_anew():
     detector = DFKDEDetector(n_components=3).partial_fit(ROWS[:100])
     assert_same(DFKDEDetector(n_components=3).fit(ROWS[100:]), detector.fit(ROWS[100:]))
-    with pytest.raises(ValueError, match="was fitted by fit, which keeps no training rows"):
-        detector.partial_fit(ROWS[:100])
+
+
+@pytest.mark.parametrize("fit", ["fit", "fit_predict"])
+def test_a_fit_is_the_first_part(fit):
+    for detector in (DFKDEDetector(n_components=3), DFKDEDetector(n_components=3, max_samples=70, random_state=0)):
+        expected = clone(detector).partial_fit(ROWS[:100]).partial_fit(ROWS[100:])
+        getattr(detector, fit)(ROWS[:100])
+        assert_same(expected, detector.partial_fit(ROWS[100:]))
+    groups = [i // 4 for i in range(240)]
+    detector = DFKDEDetector(n_components=3).fit(ROWS[:100], groups=groups[:100])
+    assert_same(
+        DFKDEDetector(n_components=3).fit(ROWS, groups=groups), detector.partial_fit(ROWS[100:], groups=groups[100:])
+    )
+
+
+def test_a_fit_that_kept_no_rows_says_so(tmp_path):
+    groups = [i // 4 for i in range(240)]
+    drawn = DFKDEDetector(n_components=3, max_samples=70, random_state=0).fit(ROWS, groups=groups)
+    fitted = DFKDEDetector(n_components=3).fit(ROWS)
+    fitted.save(tmp_path / "model.safetensors")
+    for detector in (drawn, DFKDEDetector.load(tmp_path / "model.safetensors")):
+        with pytest.raises(ValueError, match="has no training rows to add to"):
+            detector.partial_fit(ROWS[:100])
+
+
+def test_large_rows_are_not_kept(monkeypatch):
+    monkeypatch.setattr("dfkde_sklearn._streams._KEPT_BYTES", ROWS.nbytes - 1)
+    detector = DFKDEDetector(n_components=3).fit(ROWS)
+    assert not hasattr(detector, "_sample")
+    assert hasattr(DFKDEDetector(n_components=3).fit(ROWS[:-1]), "_sample")
+
+
+def test_scores_of_recalibrate_are_left_out_with_a_warning():
+    detector = DFKDEDetector(n_components=3).fit(ROWS[:100]).recalibrate(ROWS[100:150])
+    with pytest.warns(UserWarning, match="The 50 calibration scores that recalibrate added are left out"):
+        detector.partial_fit(ROWS[100:])
+    assert_same(DFKDEDetector(n_components=3).fit(ROWS), detector)
 
 
 def test_any_transformer_is_fitted_to_the_first_part():

@@ -74,6 +74,11 @@ class RowSample:
         return self._kept().rows
 
     @property
+    def rows_nbytes(self) -> int:
+        """The bytes of the kept rows."""
+        return self._kept().rows.nbytes if self._parts else 0
+
+    @property
     def places(self) -> NDArray[np.int64]:
         """The places (m,) of the kept rows in the stream, increasing."""
         return self._kept().places
