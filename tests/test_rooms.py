@@ -20,6 +20,7 @@ ALLOWED = {
         "_explanation",
         "_monitor",
         "_pyod",
+        "_batch",
         "_deploy",
         "_features",
         "_report",
@@ -54,6 +55,8 @@ ALLOWED = {
         *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices"),
         *("_callbacks", "_explanation", "_inputs"),
     },
+    # It takes anything with `assess`; the class of a detector in a file comes by its public name.
+    "_batch": {"_calibration", "_deploy", "_files", "_images", "_threads"},
     "_report": {"_calibration", "_explanation", "_images", "_inputs", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},
     "metrics": set(),

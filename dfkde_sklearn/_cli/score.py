@@ -312,13 +312,7 @@ def _broken(paths: list[str]) -> dict[str, str]:
     """Return the images that cannot be read, each with the reason."""
     from dfkde_sklearn._images import as_images
 
-    images, broken = as_images(paths), {}
-    for i, path in enumerate(paths):
-        try:
-            images[i]
-        except (ValueError, OSError) as error:
-            broken[path] = str(error)
-    return broken
+    return {paths[i]: reason for i, reason in as_images(paths).unreadable().items()}
 
 
 def _written(outputs: list[tuple[Path, Callable[[], bytes]]], options: argparse.Namespace) -> bool:
