@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from dfkde_sklearn._images import as_images
 
 # The columns that `dfkde score` writes too, after the path.
-COLUMNS = ("score", "p_anomalous", "p_value", "verdict", "reason")
+_NUMBERS = ("score", "p_anomalous", "p_value")
+COLUMNS = (*_NUMBERS, "verdict", "reason")
 
 
-def assessed(detector: Any, images: Any, *, skip_broken: bool) -> dict[str, NDArray[Any]]:
+def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = True) -> dict[str, NDArray[Any]]:
     """Return the answers of a detector for images, one row for each.
 
     Parameters
@@ -24,11 +25,14 @@ def assessed(detector: Any, images: Any, *, skip_broken: bool) -> dict[str, NDAr
         What it takes; there may be none.
     skip_broken : bool
         Whether an image that cannot be read is no error.
+    widened : bool, default=True
+        Whether numbers are float64, so that batches have the same types with and without images; else they keep the
+        dtype of the answers.
 
     Returns
     -------
     dict
-        Arrays of shape (n,) by the names of `COLUMNS`: float64, NaN for an image that cannot be read; the verdict
+        Arrays of shape (n,) by the names of `COLUMNS`: numbers, NaN for an image that cannot be read; the verdict
         "normal", "anomalous" or "broken"; and the reason why the image cannot be read, else "".
 
     Raises
@@ -37,7 +41,7 @@ def assessed(detector: Any, images: Any, *, skip_broken: bool) -> dict[str, NDAr
         As `assess`; with `skip_broken` only if it fails on images that can be read.
     """
     n = len(images)
-    columns: dict[str, NDArray[Any]] = {name: np.full(n, np.nan) for name in ("score", "p_anomalous", "p_value")}
+    columns: dict[str, NDArray[Any]] = {name: np.full(n, np.nan) for name in _NUMBERS}
     verdict, reason = ["broken"] * n, [""] * n
     broken: dict[int, str] = {}
     assessment = None
@@ -53,9 +57,10 @@ def assessed(detector: Any, images: Any, *, skip_broken: bool) -> dict[str, NDAr
     if broken and readable:
         assessment = detector.assess(as_images(images).items(readable))
     if assessment is not None:
-        columns["score"][readable] = assessment.log_density
-        columns["p_anomalous"][readable] = assessment.p_anomalous
-        columns["p_value"][readable] = assessment.p_value
+        answers = (assessment.log_density, assessment.p_anomalous, assessment.p_value)
+        for name, values in zip(_NUMBERS, answers, strict=True):
+            columns[name] = np.full(n, np.nan, np.float64 if widened else values.dtype)
+            columns[name][readable] = values
         for i, label in zip(readable, assessment.label.tolist(), strict=True):
             verdict[i] = "anomalous" if label == -1 else "normal"
     for i, why in broken.items():

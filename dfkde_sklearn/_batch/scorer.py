@@ -287,7 +287,7 @@ class BatchTransformer(_OnBatches):
     >>> images = make_textures(3, 1, image_size=32, random_state=0).X_train
     >>> extractor = ScatteringFeatures(scales=2, image_size=32).fit(images)
     >>> [row["features"].shape for row in BatchTransformer(extractor)(images)]
-    [(25,), (25,), (25,)]
+    [(240,), (240,), (240,)]
     """
 
     __module__ = "dfkde_sklearn"
