@@ -86,6 +86,7 @@ def test_on_ray_each_image_is_scored_once_though_an_actor_is_killed(model, paths
     check(rows, paths, scores)
 
 
+@pytest.mark.long
 def test_a_machine_without_the_model_says_so(paths, tmp_path):
     rows, error = run("native", tmp_path / "none", "", paths)
     assert rows is None

@@ -35,8 +35,6 @@ def test_a_bag_of_paths_is_scored_though_a_worker_is_killed(client, model, paths
     assert (tmp_path / "killed").exists()
     assert [row["path"] for row in rows] == paths
     assert {row["path"]: row["score"] for row in rows} == scores
-    frame = db.from_sequence(paths, npartitions=6).map_partitions(BatchScorer(model)).compute()
-    assert frame == rows
 
 
 def test_arrays_of_images_and_of_rows_are_scored_and_described(client, model, data, detector):
@@ -77,6 +75,7 @@ def test_empty_partitions_and_missing_models_are_what_they_are(client, model, pa
     import dask.bag as db
 
     bag = db.from_sequence(paths, npartitions=6)
-    assert bag.filter(lambda path: False).map_partitions(BatchScorer(model)).compute() == []
+    assert bag.map_partitions(BatchScorer(model)).count().compute() == 24
+    assert bag.filter(lambda _: False).map_partitions(BatchScorer(model)).compute() == []
     with pytest.raises(FileNotFoundError, match=r"no model .*none on .*, in process \d+"):
         bag.map_partitions(BatchScorer(tmp_path / "none")).compute()

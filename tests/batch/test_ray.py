@@ -76,6 +76,6 @@ def test_an_actor_pool_describes_images(ray_data, model, paths, detector):
 def test_no_image_gives_no_row_and_another_model_an_error(ray_data, model, paths):
     data = ray_data.from_items([{"path": path} for path in paths])
     pool = {"batch_size": 4, "compute": ray_data.ActorPoolStrategy(size=1), "fn_constructor_args": (str(model),)}
-    assert data.filter(lambda row: False).map_batches(BatchScorer, **pool).take_all() == []
+    assert data.filter(lambda _: False).map_batches(BatchScorer, **pool).take_all() == []
     with pytest.raises(Exception, match="is another model: its SHA-256 is"):
         data.map_batches(BatchScorer, **pool, fn_constructor_kwargs={"sha256": "0" * 64}).take_all()
