@@ -34,6 +34,7 @@ from dfkde_sklearn._groups import drawn_rows, warn_of_near_duplicates, with_copi
 from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._kernels.bandwidth import scott_bandwidth
 from dfkde_sklearn._matrices import blocks, floats, is_matrix, is_of_numbers, tensor, working_memory
+from dfkde_sklearn._streams import StreamsMixin
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
@@ -49,7 +50,7 @@ _PUBLIC_STATE = ("mean", "components", "singular_values", "max_length", "bandwid
 _POSITIVE = Interval(Real, float(np.finfo(np.float64).tiny), None, closed="left")
 
 
-class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
+class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
     """Deep feature kernel density estimation: an outlier detector for images and feature rows.
 
     A feature extractor turns images into feature rows, these are reduced to their principal components, and a Gaussian
@@ -299,7 +300,8 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixi
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """
-        self._fit(X, groups)
+        table, groups = self._training_data(X, groups)
+        self._fit_table(table, groups)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
@@ -325,11 +327,12 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixi
         ndarray of shape (n_samples,), int64
             +1 or -1.
         """
-        return labels(self._margins(self._fit(X, groups)))
+        self._set_extractor(X)
+        scores = self._fit_table(self._whole_table(X, reset=True), groups)
+        return labels(self._margins(scores))
 
-    def _fit(self, X: Any, groups: Any) -> NDArray[np.floating]:
-        """Fit, and return the scores (n,) of the training rows that are compared with the threshold."""
-        table = self._fit_features(X)
+    def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]:
+        """Fit to rows, and return the scores (n,) of these that are compared with the threshold."""
         group_numbers = with_copies(groups, table)
         calibration_groups = np.arange(len(table)) if groups is None else group_numbers.numpy()
         self._check_confidence(calibration_groups)
@@ -631,7 +634,7 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixi
 
     def _table(self, X: Any) -> NDArray[np.number]:
         """Return the feature matrix of rows or images."""
-        return self._validated(X if self.features_ is None else self.features_.transform(X), reset=False)
+        return self._whole_table(X, reset=False)
 
     @torch.inference_mode()
     def _scores(
@@ -648,18 +651,19 @@ class DFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixi
             parts.append(self._fitted(rows.dtype, device).log_density(rows, working_memory(), full=full))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
 
-    def _fit_features(self, X: Any) -> NDArray[np.number]:
-        """Fit the feature extractor and return the feature matrix."""
-        if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
-            self.features_ = None
-            return self._validated(X, reset=True)
-        if isinstance(self.features, str):
-            from dfkde_sklearn._features.network import TimmFeatures
+    def _default_extractor(self) -> FeatureExtractor:
+        from dfkde_sklearn._features.network import TimmFeatures
 
-            self.features_ = TimmFeatures(device=self.device)
-        else:
-            self.features_ = clone(self.features)
-        return self._validated(self.features_.fit_transform(X), reset=True)
+        return TimmFeatures(device=self.device)
+
+    def _reads_parts(self) -> bool:
+        return True
+
+    def _whole_table(self, X: Any, *, reset: bool) -> NDArray[np.number]:
+        """Return the feature matrix of rows or images at once; with `reset`, the feature extractor is fitted first."""
+        if self.features_ is not None:
+            X = self.features_.fit_transform(X) if reset else self.features_.transform(X)
+        return self._validated(X, reset=reset)
 
     def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]:
         if isinstance(X, np.ndarray) and X.ndim == 4 and self.features_ is not None:

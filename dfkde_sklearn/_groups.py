@@ -17,6 +17,7 @@ from torch import Tensor
 from dfkde_sklearn._callbacks import N_CALLS
 from dfkde_sklearn._density.eigen import leading_eigenpairs
 from dfkde_sklearn._density.folds import N_FOLDS, copies, fold_places
+from dfkde_sklearn._density.stream import sampled_places
 
 # In standard deviations; its square is a number still.
 _FARTHEST = 1e100
@@ -66,15 +67,9 @@ def with_copies(groups: Any, table: NDArray[np.number]) -> Tensor:
 
 def group_numbers(groups: Any, n: int) -> NDArray[np.int64]:
     """Return the labels of groups as numbers (n,), in the order of their first rows."""
-    values = _labels(groups)
+    values = _given_labels(groups)
     if len(values) != n:
         raise ValueError(f"groups has {len(values)} labels, and X has {n} rows or images. Give one for each.")
-    missing = [i for i, value in enumerate(values) if _is_missing(value)]
-    if missing:
-        raise ValueError(
-            f"groups[{missing[0]}] is {values[missing[0]]}: {len(missing)} of {n} labels are missing. Give each row a "
-            "label; one that is alone has a label of its own."
-        )
     number: dict[Any, int] = {}
     try:
         return np.array([number.setdefault(value, len(number)) for value in values], dtype=np.int64)
@@ -82,6 +77,23 @@ def group_numbers(groups: Any, n: int) -> NDArray[np.int64]:
         raise TypeError(
             f"groups has labels that are no keys of a dictionary ({error}). Give strings, numbers or tuples of them."
         ) from error
+
+
+def group_labels(groups: Any) -> list[str]:
+    """Return the labels of groups as text."""
+    return [str(value) for value in _given_labels(groups)]
+
+
+def _given_labels(groups: Any) -> list[Any]:
+    """Return the labels as they are; raise a ValueError if one is missing."""
+    values = _labels(groups)
+    missing = [i for i, value in enumerate(values) if _is_missing(value)]
+    if missing:
+        raise ValueError(
+            f"groups[{missing[0]}] is {values[missing[0]]}: {len(missing)} of {len(values)} labels are missing. Give "
+            "each row a label; one that is alone has a label of its own."
+        )
+    return values
 
 
 def _labels(groups: Any) -> list[Any]:
@@ -125,7 +137,7 @@ def drawn_rows(
         return np.arange(n)
     generator = check_random_state(random_state)
     if groups is None:
-        return np.sort(generator.choice(n, max_samples, replace=False))
+        return sampled_places(n, max_samples, int(generator.randint(2**31 - 1)))
     _, of_row, sizes = np.unique(groups.numpy(), return_inverse=True, return_counts=True)
     # Any two of these have room.
     order = generator.permutation(np.flatnonzero(sizes <= max_samples // 2))

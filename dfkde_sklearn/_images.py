@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
@@ -79,11 +80,16 @@ class Images(Sequence[Image.Image]):
         The images, by index, as :func:`as_images` checked them; those of `Lazy` are checked when they are read.
     white_level : int, default=65535
         The 16-bit value that becomes 255, as do all above it.
+    first : int, default=0
+        The number of the first image in messages, where these are a part of others.
     """
 
-    def __init__(self, items: list[Any] | np.ndarray | torch.Tensor | Lazy, white_level: int = FULL_RANGE) -> None:
+    def __init__(
+        self, items: list[Any] | np.ndarray | torch.Tensor | Lazy, white_level: int = FULL_RANGE, first: int = 0
+    ) -> None:
         self._items = items
         self.white_level = white_level
+        self._first = first
         # The maxima of the 16-bit images read so far: a set, as several threads add to it.
         self._brightest: set[int] = set()
 
@@ -146,7 +152,7 @@ class Images(Sequence[Image.Image]):
         """Return the item at `index`, bytes for encoded images."""
         item = self._items[index]
         if isinstance(self._items, Lazy):
-            _check_item(item, f"images[{index}]")
+            _check_item(item, f"images[{self._first + index}]")
         if isinstance(item, io.IOBase):
             with _READING:  # the place in a stream is shared
                 item.seek(0)
@@ -194,7 +200,7 @@ class Images(Sequence[Image.Image]):
             The path, or for example "images[3]".
         """
         item = None if isinstance(self._items, Lazy) else self._items[index]
-        return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
+        return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{self._first + index}]"
 
     def items(self, indices: Sequence[int]) -> list[Any] | np.ndarray | torch.Tensor:
         """Return the images at `indices` as the user handed them in, for a detector to read.
@@ -212,6 +218,29 @@ class Images(Sequence[Image.Image]):
         if isinstance(self._items, list | Lazy):
             return [self._items[i] for i in indices]
         return self._items[list(indices)]
+
+    def part(self, start: int, stop: int) -> Images:
+        """Return the images from `start` to `stop`, under their names.
+
+        Parameters
+        ----------
+        start, stop : int
+            Positions of images; `stop` may lie beyond the last.
+
+        Returns
+        -------
+        Images
+            At least one.
+        """
+        stop = min(stop, len(self))
+        if isinstance(self._items, Lazy):
+            fetch = self._items.__getitem__
+            items: Any = Lazy(stop - start, lambda i: fetch(start + i))
+        else:
+            items = self._items[start:stop]
+        images = Images(items, self.white_level, self._first + start)
+        images._brightest = self._brightest
+        return images
 
     def shape(self, index: int) -> tuple[int, int]:
         """Return the height and width of the image at `index`, of a file from its header.
@@ -323,7 +352,7 @@ def _file_digest(path: str | os.PathLike[str]) -> bytes:
     return digest
 
 
-def as_images(X: Any, white_level: int | None = None) -> Images:
+def as_images(X: Any, white_level: int | None = None, first: int = 0) -> Images:
     """Return images in any accepted form as a sequence of pictures.
 
     Types, shapes and dtypes are checked; nothing is decoded yet, so a broken file is noticed when it is read.
@@ -346,6 +375,8 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
         A three-dimensional array is always a stack of grey images, never one colour image.
     white_level : int or None, default=None
         The 16-bit value that becomes 255, as do all above it. None is 65535, or the level that X has already.
+    first : int, default=0
+        The number of the first image in messages, where X is a part of a stream.
 
     Returns
     -------
@@ -397,8 +428,8 @@ def as_images(X: Any, white_level: int | None = None) -> Images:
         raise ValueError("images: 0 images; at least one is needed. An iterator can be used once.")
     if isinstance(items, list):
         for index, item in enumerate(items):
-            _check_item(item, f"images[{index}]")
-    return Images(items, FULL_RANGE if white_level is None else white_level)
+            _check_item(item, f"images[{first + index}]")
+    return Images(items, FULL_RANGE if white_level is None else white_level, first)
 
 
 def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[str]:
@@ -543,7 +574,7 @@ def image_batches(
 
     # PIL loads its readers at the first file; two threads that do so at once may miss one.
     _formats()
-    n_images, n_threads = len(images), min(MAX_THREADS, os.cpu_count() or 1)
+    n_images, n_threads = len(images), min(MAX_THREADS, joblib.cpu_count())
     tensors = computed_ahead(tensor_at, range(n_images), min(n_threads, n_images), batch_size + n_threads)
     # Closed also when an image is broken or the consumer stops early, so that no further image is read.
     with (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, _fit_context, clone
+from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -44,6 +44,7 @@ from dfkde_sklearn._images import as_images
 from dfkde_sklearn._inputs import repeatable
 from dfkde_sklearn._maps import fine_maps, image_maps, lie_over_images, regions_of
 from dfkde_sklearn._matrices import floats, is_matrix, tensor, working_memory
+from dfkde_sklearn._streams import StreamsMixin
 
 if TYPE_CHECKING:
     from dfkde_sklearn._deploy.export import Expected
@@ -61,7 +62,7 @@ _MAP_IMAGES = 500
 _FLIPS: dict[str | None, tuple[tuple[int, ...], ...]] = {None: (), "horizontal": ((1,),), "all": ((1,), (0,), (0, 1))}
 
 
-class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
+class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, CallbackSupportMixin, BaseEstimator):
     """A kernel density at every position of an image: an outlier detector that says where.
 
     A feature extractor describes every position of an image, on a grid of 14 x 14 say, by a vector. A Gaussian kernel
@@ -296,7 +297,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSuppor
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """
-        self._fit(X, groups)
+        table, groups = self._training_data(X, groups)
+        self._fit_table(table, groups)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
@@ -321,12 +323,17 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSuppor
         ndarray of shape (n_images,), int64
             +1 or -1.
         """
-        return labels(self._margins(self._fit(X, groups)))
+        self._set_extractor(X)
+        scores = self._fit_table(self._whole_table(X, reset=True), groups)
+        return labels(self._margins(scores))
 
-    def _fit(self, X: Any, groups: Any) -> NDArray[np.floating]:
-        """Fit, and return the scores (n,) of the training images that are compared with the threshold."""
-        vectors = self._fit_features(X)
-        n = len(vectors)
+    def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]:
+        """Fit to vectors (n, P, C), or as rows (n, P * C); return the scores (n,) that the threshold is compared with.
+
+        They are those of the training images.
+        """
+        n = len(table)
+        vectors = table.reshape(n, math.prod(self.grid_shape_), -1)
         group_ids = with_copies(groups, vectors.reshape(n, -1))
         calibration_groups = np.arange(n) if groups is None else group_ids.numpy()
         self._check_confidence(calibration_groups)
@@ -588,12 +595,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSuppor
     def _grid_maps(self, X: Any) -> NDArray[np.floating]:
         """Return the log densities (n, P) of images or features."""
         check_is_fitted(self)
-        if self.features_ is None:
-            return self._vector_maps(self._validated(X, reset=False))
-        if self.flips is not None:
-            X = repeatable(X)
-        features = self._flip_averaged(self.features_.transform(X), X)
-        return self._vector_maps(self._validated(features, reset=False))
+        return self._vector_maps(self._whole_table(X, reset=False))
 
     def _scores(self, maps: NDArray[np.floating]) -> NDArray[np.floating]:
         return lowest_mean(torch.from_numpy(maps), self.n_lowest).numpy()
@@ -614,23 +616,24 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, DeployableMixin, CallbackSuppor
             maps[start : start + _IMAGES] = density.log_density(part.to(dtype), working_memory()).cpu().numpy()
         return maps
 
-    def _fit_features(self, X: Any) -> NDArray[np.number]:
-        """Fit the feature extractor and return the vectors (n, P, C)."""
-        if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
-            if self.flips is not None:
-                raise ValueError(f"flips={self.flips!r} needs images, and X holds features. Leave it out.")
-            self.features_ = None
-            return self._validated(X, reset=True)
-        if isinstance(self.features, str):
-            from dfkde_sklearn._features.network import TimmFeatures
+    def _default_extractor(self) -> FeatureExtractor:
+        from dfkde_sklearn._features.network import TimmFeatures
 
-            self.features_ = TimmFeatures(pooling=None, device=self.device)
-        else:
-            self.features_ = clone(self.features)
+        return TimmFeatures(pooling=None, device=self.device)
+
+    def _reads_parts(self) -> bool:
+        return self.flips is None
+
+    def _whole_table(self, X: Any, *, reset: bool) -> NDArray[np.number]:
+        """Return the vectors (n, P, C) of images at once; with `reset`, the feature extractor is fitted first."""
+        if self.features_ is None:
+            if self.flips is not None and reset:
+                raise ValueError(f"flips={self.flips!r} needs images, and X holds features. Leave it out.")
+            return self._validated(X, reset=reset)
         if self.flips is not None:
             X = repeatable(X)
-        features = self.features_.fit_transform(X)
-        return self._validated(self._flip_averaged(features, X), reset=True)
+        features = self.features_.fit_transform(X) if reset else self.features_.transform(X)
+        return self._validated(self._flip_averaged(features, X), reset=reset)
 
     def _flip_averaged(self, features: Any, X: Any) -> Any:
         """Return the mean of features (n, h, w, C) and of those of flipped images, flipped back."""

@@ -12,7 +12,7 @@ import atexit
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
@@ -165,7 +166,7 @@ def run_on_single_cores(n_threads: int) -> Run:
     """
     if _is_on_single_core():
         return run_in_turn
-    n_most = max(1, min(n_threads, torch.get_num_threads()))
+    n_most = max(1, min(n_threads, n_single_cores()))
     _start_single_cores(n_most)
 
     def run(task: Callable[[Any], None], items: Iterable[Any]) -> None:
@@ -186,6 +187,26 @@ def run_on_single_cores(n_threads: int) -> Run:
         _run_to_the_end([drain] * min(n_most, len(queue)), queue.clear)
 
     return run
+
+
+def mapped_on_single_cores(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Return ``function(item)`` for every item, in order, computed in as many threads of one core as are useful."""
+    results: dict[int, _Result] = {}
+
+    def compute(i: int) -> None:
+        results[i] = function(items[i])
+
+    run_on_single_cores(len(items))(compute, range(len(items)))
+    return [results[i] for i in range(len(items))]
+
+
+def n_single_cores() -> int:
+    """Return how many threads compute side by side: 1 in such a thread, else torch's number.
+
+    It is at most the number of cores that the process may use, by its affinity and by a container's quota of processor
+    time, which torch does not know.
+    """
+    return 1 if _is_on_single_core() else max(1, min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def on_single_core(function: Callable[_P, _Result], *args: _P.args, **kwargs: _P.kwargs) -> _Result:

@@ -37,6 +37,11 @@ ALLOWED = {
     "_matrices": {"_inputs"},
     "_groups": {"_callbacks", "_density"},
     "_explanation": set(),
+    "_batch": {"_threads"},
+    "_streams": {
+        *("_batch", "_calibration", "_callbacks", "_density", "_features", "_groups", "_images", "_inputs"),
+        *("_matrices",),
+    },
     "_pyod": set(),
     "_maps": {"_explanation"},
     "_images": {"_inputs", "_threads"},
@@ -49,11 +54,11 @@ ALLOWED = {
     "_classifier": {"_calibration", "_callbacks"},
     "_detector": {
         *("_calibration", "_deploy", "_density", "_explanation", "_kernels", "_features", "_device", "_groups"),
-        *("_callbacks", "_inputs", "_matrices"),
+        *("_callbacks", "_streams", "_inputs", "_matrices"),
     },
     "_patch_detector": {
         *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices"),
-        *("_callbacks", "_explanation", "_inputs"),
+        *("_callbacks", "_explanation", "_streams", "_inputs"),
     },
     # It takes anything with `assess`; the class of a detector in a file comes by its public name.
     "_batch": {"_calibration", "_deploy", "_files", "_images", "_threads"},

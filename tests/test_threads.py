@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 
+import joblib
 import pytest
 import torch
 
@@ -21,16 +22,32 @@ def n_threads(request):
 
 def test_each_item_is_done_once_on_a_single_core(n_threads):
     done = []
-    together = threading.Barrier(n_threads)
+    n_at_once = min(n_threads, joblib.cpu_count())
+    together = threading.Barrier(n_at_once)
 
     def task(item):
-        if item < n_threads:
+        if item < n_at_once:
             together.wait(10)  # ends only if as many threads work at once
         done.append((item, torch.get_num_threads(), torch.is_inference_mode_enabled()))
 
     run_on_single_cores(99)(task, range(20))
     assert sorted(done) == [(i, 1, True) for i in range(20)]
     assert torch.get_num_threads() == n_threads
+
+
+@pytest.mark.parametrize("limit", ["os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", "None"])
+def test_no_more_threads_than_cores_that_the_process_may_use(limit):
+    # A quota of processor time counts in the same way, by joblib: here by the variable that stands for one.
+    script = f"""
+import os, threading, torch
+from dfkde_sklearn._threads import run_on_single_cores
+{limit}
+torch.set_num_threads(4)
+threads = set()
+run_on_single_cores(99)(lambda _: threads.add(threading.get_ident()), range(200))
+print(len(threads))
+"""
+    assert outcome(script, **({} if limit != "None" else {"LOKY_MAX_CPU_COUNT": "1"})) == ["1"]
 
 
 def test_no_more_threads_than_asked_for():
@@ -191,7 +208,7 @@ threading.Thread(target=later).start()
 def test_a_process_ends_after_what_the_threads_are_at(run):
     # Not a daemon that computes with torch itself: as Python ends it, torch ends the process, whatever it computes.
     script = f"""
-import threading, time, torch
+import os, threading, time, torch
 from dfkde_sklearn._threads import on_single_core, run_on_single_cores
 begun = threading.Event()
 
@@ -200,7 +217,7 @@ def task():
     until = time.monotonic() + 1
     while time.monotonic() < until:
         torch.ones(50, 50) @ torch.ones(50, 50)
-    print("done", flush=True)
+    os.write(1, b"done\\n")  # whole, as two threads print at a time
 
 def wait_for_ever():
     {run}

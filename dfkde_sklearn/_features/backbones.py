@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import itertools
@@ -10,6 +11,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkde_sklearn._features.optimized import difference, optimize
 from dfkde_sklearn._threads import Lock
 
 # Seconds to wait for an answer of the server that has the weights.
 PROBE_SECONDS = 3.0
 # Number of backbones kept in memory; the least recently used is dropped. A search over layers needs one.
 MAX_LOADED = 4
+# Largest difference between features of a network and of its optimised copy, relative to the largest of them. Rounding
+# makes 1e-6.
+MAX_DIFFERENCE = 1e-4
 _loaded: OrderedDict[tuple[Any, ...], Backbone] = OrderedDict()
 _loading = Lock(threading.RLock)
 # A user's module has one training flag and one device, so threads use it one after the other.
@@ -49,6 +55,59 @@ class Backbone:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        # A copy to optimise, the names of what it computes otherwise, and whether it is optimised already.
+        self._fast: nn.Module | None = None
+        self._changed: frozenset[str] | None = None
+
+    def may_optimize(self) -> None:
+        """Copy the network for `for_layers`, if it can be faster; before a thread registers hooks."""
+        weights = list(self.network.parameters())
+        if weights and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights):
+            self._fast = copy.deepcopy(self.network)
+
+    def for_layers(self, layers: list[str], size: tuple[int, int], name: str) -> nn.Module:
+        """Return a network that computes these layers, to rounding: a faster one where there is one.
+
+        Parameters
+        ----------
+        layers : list of str
+            Names of submodules; "" is the embedding.
+        size : tuple (height, width)
+            Of the images.
+        name : str
+            Of the network, in the warning.
+
+        Warns
+        -----
+        UserWarning
+            If the faster network computes something else, and is not used.
+        """
+        if torch.is_autocast_enabled("cpu"):  # oneDNN's operators do not know of it
+            return self.network
+        with _loading:
+            if self._fast is not None and self._changed is None:
+                self._optimize(self._fast, size, name)
+        if self._fast is None or not (self._changed or frozenset()).isdisjoint(layers):
+            return self.network
+        return self._fast
+
+    def _optimize(self, fast: nn.Module, size: tuple[int, int], name: str) -> None:
+        fault = ""
+        try:
+            self._changed = optimize(fast, size)
+            if self._changed:
+                ratio = difference(self.network, fast, size)
+                fault = "" if ratio <= MAX_DIFFERENCE else f"differs by {ratio:.0e} of the largest value"
+        except Exception as error:  # whatever a network's own code raises
+            fault = f"fails: {error!r}"
+        if fault or not self._changed:
+            self._fast = None
+        if fault:
+            warnings.warn(
+                f"backbone {name!r} runs as it is: a faster copy, with batch norms folded into convolutions, {fault}.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @cached_property
     def weights_hash(self) -> str:
@@ -189,6 +248,7 @@ def named_backbone(
             _loaded[key] = Backbone(network.to(device))
             # Computed now, before a thread registers hooks, which are part of it.
             _ = _loaded[key].fingerprint
+            _loaded[key].may_optimize()
             if len(_loaded) > MAX_LOADED:
                 _loaded.popitem(last=False)
         _loaded.move_to_end(key)

@@ -185,6 +185,38 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         flipping._flipped_axes = axes
         return flipping.transform(X)
 
+    def fit_transform_parts(self, X: Any) -> Iterator[NDArray[np.float32]]:
+        """Fit, and yield the features of the images part by part, in bounded memory.
+
+        Parameters
+        ----------
+        X : images
+            As in `fit_transform`.
+
+        Yields
+        ------
+        ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
+            The features of the next images, as `fit_transform` returns them for all.
+        """
+        self._validate_params()
+        return self._parts(X, self._fit())
+
+    def transform_parts(self, X: Any) -> Iterator[NDArray[np.float32]]:
+        """Yield the features of the images part by part, in bounded memory.
+
+        Parameters
+        ----------
+        X : images
+            As in `transform`.
+
+        Yields
+        ------
+        ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
+            The features of the next images, as `transform` returns them for all.
+        """
+        check_is_fitted(self, "n_features_out_")
+        return self._parts(X)
+
     # What a subclass says.
 
     @abstractmethod
@@ -326,11 +358,27 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
 
     def _described_stream(self, X: Iterable[Any], fingerprint: str | None = None) -> NDArray[np.float32]:
         """Return the features of the images of a stream, of which only some are in memory at a time."""
-        items = stream_items(X)
-        parts = []
-        while some := list(islice(items, STREAMED)):
-            parts.append(self._described(as_images(some, self.white_level), fingerprint))
-        return np.concatenate(parts) if parts else self._described(as_images([]))
+        return np.concatenate(list(self._parts(X, fingerprint)))
+
+    def _parts(self, X: Any, fingerprint: str | None = None) -> Iterator[NDArray[np.float32]]:
+        """Yield the features of some images at a time; a fingerprint that is known need not be computed."""
+        from tqdm import tqdm
+
+        if is_stream(X):
+            images, n_images = _parts_of_stream(X, self.white_level), None
+        else:
+            all_images = as_images(X, self.white_level)
+            n_images = len(all_images)
+            images = (all_images.part(start, start + STREAMED) for start in range(0, n_images, STREAMED))
+        quiet = copy.copy(self)
+        quiet.verbose = False  # one bar for all parts
+        with tqdm(total=n_images, desc=self.summary(), unit="image", disable=not self.verbose) as progress:
+            for part in images:
+                rows = quiet._described(part, fingerprint)
+                progress.update(len(rows))
+                yield rows
+        if n_images is not None:
+            all_images.warn_of_white_level()
 
     def _described(self, images: Images, fingerprint: str | None = None) -> NDArray[np.float32]:
         """Return the features of the images; a fingerprint that is known already need not be computed."""
@@ -378,3 +426,14 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         tags.input_tags.two_d_array = False
         tags.no_validation = True
         return tags
+
+
+def _parts_of_stream(X: Iterable[Any], white_level: int) -> Iterator[Images]:
+    """Yield some images of a stream at a time, at least one in all."""
+    items = stream_items(X)
+    n_read = 0
+    while some := list(islice(items, STREAMED)):
+        yield as_images(some, white_level, n_read)
+        n_read += len(some)
+    if not n_read:
+        as_images([])  # raises

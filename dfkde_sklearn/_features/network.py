@@ -36,6 +36,7 @@ from dfkde_sklearn._features.layers import (
 from dfkde_sklearn._features.modules import NetworkModule
 from dfkde_sklearn._features.tiles import Tiling, tiling
 from dfkde_sklearn._images import FULL_RANGE, Images, as_images
+from dfkde_sklearn._threads import mapped_on_single_cores, n_single_cores
 
 CROPS = ("squash", "center", "border")
 
@@ -485,8 +486,9 @@ class TimmFeatures(FeatureExtractor):
         start = 0
         batches = self._batches(images, self.backbone_name_)
         with self._fitted_backbone() as backbone:
+            network = backbone.for_layers(self.layers_, self.tile_size_ or self.input_size_, self.backbone_name_)
             for batch in batches:
-                rows = self._rows(backbone.network, batch, blocks).flatten(1).cpu().numpy()
+                rows = self._rows(network, batch, blocks).flatten(1).cpu().numpy()
                 bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
                 if len(bad):
                     raise ValueError(
@@ -534,7 +536,17 @@ class TimmFeatures(FeatureExtractor):
     def _rows_of_passes(self, network: nn.Module, batch: Tensor, layers: list[str]) -> Tensor:
         """Return the features of images or tiles, in as many forward passes as is fast."""
         n_at_once = micro_batch_size(network, batch, self.activation_bytes_)
-        return torch.cat([self._rows_at_once(network, part, layers) for part in batch.split(n_at_once)])
+
+        def of_pass(part: Tensor) -> Tensor:
+            return self._rows_at_once(network, part, layers)
+
+        # Side by side, each on one core: threads that share a pass wait for one another after each operation, beside
+        # another busy process for hundreds of times as long as they compute. A user's module may not be ready for it.
+        is_alone = len(batch) == 1 or not isinstance(self.backbone, str) or not batch.is_cpu or batch.requires_grad
+        if is_alone or as_device(self.device).type != "cpu" or torch.compiler.is_compiling():
+            return torch.cat(list(map(of_pass, batch.split(n_at_once))))
+        n_cores = n_single_cores()
+        return torch.cat(mapped_on_single_cores(of_pass, batch.split(min(n_at_once, ceil(len(batch) / n_cores)))))
 
     def _rows_at_once(self, network: nn.Module, batch: Tensor, layers: list[str]) -> Tensor:
         """Return the features of a batch in one forward pass."""
@@ -624,8 +636,9 @@ def described_together(extractors: Sequence[TimmFeatures], X: Any) -> list[NDArr
     activation_bytes = max(extractor.activation_bytes_ for extractor in extractors)
     start = 0
     with first._fitted_backbone() as backbone:
+        network = backbone.for_layers(layers, first.input_size_, first.backbone_name_)
         for batch in first._batches(images, first.backbone_name_):
-            for part in batch.split(micro_batch_size(backbone.network, batch, activation_bytes)):
+            for part in batch.split(micro_batch_size(network, batch, activation_bytes)):
                 parts: dict[tuple[int, str], Tensor] = {}
                 seen: set[str] = set()
 
@@ -637,7 +650,7 @@ def described_together(extractors: Sequence[TimmFeatures], X: Any) -> list[NDArr
                     if len(seen) == len(layers):
                         raise LayersRead
 
-                visit_layers(backbone.network, part, layers, describe)
+                visit_layers(network, part, layers, describe)
                 stop = start + len(part)
                 for i, extractor in enumerate(extractors):
                     rows = extractor.joined([parts[i, layer] for layer in extractor.layers_ or [""]])

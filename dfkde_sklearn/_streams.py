@@ -1,0 +1,227 @@
+"""Streams, in bounded memory: fits in one pass, fits to data that come part by part, and answers in order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import _fit_context, clone
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, validate_parameter_constraints
+from sklearn.utils.validation import check_is_fitted
+
+from dfkde_sklearn._batch.iterate import answers_in_order, not_empty, parts_of_rows, parts_of_sequence, parts_of_stream
+from dfkde_sklearn._calibration import Assessment
+from dfkde_sklearn._callbacks import one_task
+from dfkde_sklearn._density.stream import RowSample
+from dfkde_sklearn._features.extractor import FeatureExtractor
+from dfkde_sklearn._groups import group_labels
+from dfkde_sklearn._images import as_images
+from dfkde_sklearn._inputs import is_stream, stream_items
+from dfkde_sklearn._matrices import is_matrix
+
+
+class StreamsMixin:
+    """What a detector does with streams: `partial_fit`, `score_stream`, and a `fit` that reads some images at a time.
+
+    A class that uses the mixin has the parameters and methods below.
+    """
+
+    features: Any
+    max_samples: int | None
+    random_state: Any
+    features_: Any
+    # Of `partial_fit`; `fit` does not keep it.
+    _sample: RowSample
+
+    if TYPE_CHECKING:
+
+        def _default_extractor(self) -> FeatureExtractor: ...
+        def _validated(self, X: Any, *, reset: bool) -> NDArray[np.number]: ...
+        def assess(self, X: Any) -> Assessment: ...
+        def _whole_table(self, X: Any, *, reset: bool) -> NDArray[np.number]: ...
+        def _reads_parts(self) -> bool: ...
+        def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]: ...
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
+    def partial_fit(self, X: Any, y: Any = None, *, groups: Any = None) -> Self:
+        """Fit to the data of all calls so far.
+
+        The rows of all calls, or a random `max_samples` of them, are kept, and each call fits to these anew. The result
+        does not depend on how the rows were divided into calls: up to `max_samples` rows, it is that of `fit` on all of
+        them. A call takes as long as a `fit` on the kept rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or images
+            New good data, as in `fit`; in the first call at least two distinct rows.
+        y : None
+            Ignored; there for the interface.
+        groups : array-like of shape (n_samples,) or None, default=None
+            What each row or image shows, as in `fit`: in all calls or in none. Labels are compared as text. Of more
+            than `max_samples` rows, whole groups are kept.
+
+        Returns
+        -------
+        detector
+            The detector itself.
+
+        Raises
+        ------
+        ValueError
+            If the detector was fitted by `fit`, which keeps no rows, or read from a file of `save`; if `groups` are
+            given in some calls only; or as `fit`. The detector is then as it was.
+        TypeError
+            As `fit`.
+
+        See Also
+        --------
+        recalibrate : Moves the threshold only, and needs no rows of the fit.
+        """
+        sample: RowSample | None = copy.copy(getattr(self, "_sample", None))
+        if sample is None and hasattr(self, "calibration_scores_"):
+            raise ValueError(
+                f"This {type(self).__name__} was fitted by fit, which keeps no training rows, or read from a file of "
+                "save, which holds none. Give all data to partial_fit, from the first on, and keep the detector by "
+                "joblib; clone(detector) is a new one. To move the threshold alone, use recalibrate."
+            )
+        # It takes the place of the detector when all has gone well.
+        extended = copy.copy(self)
+        is_first = sample is None
+        if sample is None:
+            sample = RowSample(self.max_samples, self._drawn_seed())
+        sample.max_rows = self.max_samples
+        before = None if is_first else sample.places
+        _add(sample, extended._parts(X, reset=is_first), groups, self.max_samples)
+        extended._sample = sample
+        if before is None or not np.array_equal(before, sample.places):
+            extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
+        vars(self).update(vars(extended))
+        return self
+
+    def score_stream(self, X: Any, *, batch_size: int = 64) -> Iterator[Assessment]:
+        """Yield log density, p-value, P(anomalous) and label of each image of a stream, in order.
+
+        In bounded memory, whatever the length: while the answers for some images are used, the next images are read,
+        described and scored in a thread.
+
+        Parameters
+        ----------
+        X : images, or iterable of array-likes
+            Images as in `fit`, most often a generator, a folder or a ``DataLoader``. For a detector of feature rows, a
+            feature matrix, or an iterable of rows (n_features,) or matrices.
+        batch_size : int, default=64
+            The number of images that are read and scored at a time.
+
+        Yields
+        ------
+        Assessment
+            Of a number each, for the next image or row.
+
+        Raises
+        ------
+        NotFittedError
+            If the detector is not fitted.
+        ValueError, TypeError, OSError
+            If the stream is empty, as a generator is that was used before; or as `assess`, once all answers before the
+            item that is at fault have been yielded. An error of the stream itself comes as it is, after the answers for
+            all that it gave.
+
+        See Also
+        --------
+        assess : The same as arrays, for images that are all there.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from dfkde_sklearn import DFKDEDetector
+        >>> rng = np.random.default_rng(0)
+        >>> detector = DFKDEDetector(n_components=4).fit(rng.normal(size=(200, 16)))
+        >>> rows = (rng.normal(size=16) + shift for shift in [0, 0, 5])
+        >>> [assessment.label for assessment in detector.score_stream(rows)]
+        [1, 1, -1]
+        """
+        check_is_fitted(self)
+        at_least_1 = [Interval(Integral, 1, None, closed="left")]
+        validate_parameter_constraints({"batch_size": at_least_1}, {"batch_size": batch_size}, "score_stream")
+        if self.features_ is None:
+            parts = parts_of_rows(X)
+        elif not isinstance(self.features_, FeatureExtractor):
+            parts = parts_of_stream(stream_items(X), batch_size, lambda some, _: some)
+        else:
+            white_level = self.features_.white_level
+            if is_stream(X):
+                parts = parts_of_stream(
+                    stream_items(X), batch_size, lambda some, first: as_images(some, white_level, first)
+                )
+            else:
+                parts = parts_of_sequence(as_images(X, white_level), batch_size)
+        return answers_in_order(self.assess, not_empty(parts))
+
+    def _training_data(self, X: Any, groups: Any) -> tuple[NDArray[np.number], Any]:
+        """Fit the feature extractor, and return the feature matrix with its groups.
+
+        Of a stream, or of more images than `max_samples`, it has the rows that are drawn, and no others are kept.
+        """
+        self._set_extractor(X)
+        if isinstance(self.features_, FeatureExtractor) and self._reads_parts():
+            X = X if is_stream(X) else as_images(X, self.features_.white_level)
+            if is_stream(X) or (self.max_samples is not None and len(X) > self.max_samples):
+                sample = RowSample(self.max_samples, self._drawn_seed())
+                _add(sample, self._parts(X, reset=True), groups, self.max_samples)
+                return sample.rows, sample.labels if sample.has_labels else None
+        return self._whole_table(X, reset=True), groups
+
+    def _parts(self, X: Any, *, reset: bool) -> Iterator[NDArray[np.number]]:
+        """Yield the feature matrix part by part; with `reset`, the feature extractor is fitted first."""
+        if reset:
+            self._set_extractor(X)
+        if not isinstance(self.features_, FeatureExtractor) or not self._reads_parts():
+            yield self._whole_table(X, reset=reset)
+            return
+        parts = self.features_.fit_transform_parts(X) if reset else self.features_.transform_parts(X)
+        for part in parts:
+            yield self._validated(part, reset=reset)
+            reset = False
+
+    def _set_extractor(self, X: Any) -> None:
+        """Begin anew: set `features_` to a new feature extractor, or to None where X is a feature matrix."""
+        self.__dict__.pop("_sample", None)
+        if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
+            self.features_ = None
+        elif isinstance(self.features, str):
+            self.features_ = self._default_extractor()
+        else:
+            self.features_ = clone(self.features)
+
+    def _drawn_seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+
+def _add(sample: RowSample, parts: Iterable[NDArray[Any]], groups: Any, max_samples: int | None) -> None:
+    """Add feature matrices (n, ...) to a sample, with the labels of their groups."""
+    labels = None if groups is None else group_labels(groups)
+    if sample.n_seen and sample.has_labels != (labels is not None):
+        raise ValueError(
+            f"groups {'were' if sample.has_labels else 'were not'} given in earlier calls of partial_fit, and "
+            f"{'are missing' if labels is None else 'are given'} in this one. Give them in all calls or in none."
+        )
+    n = 0
+    for part in parts:
+        if labels is not None and len(labels) < n + len(part):
+            raise ValueError(f"groups has {len(labels)} labels, and X has more rows or images. Give one for each.")
+        rows = part.reshape(len(part), -1)
+        sample.add(rows, None if labels is None else labels[n : n + len(part)])
+        n += len(part)
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"groups has {len(labels)} labels, and X has {n} rows or images. Give one for each.")
+    if labels is not None and sample.n_seen > len(sample) and len(set(sample.labels)) < 2:
+        raise ValueError(
+            f"max_samples={max_samples} has no room for two whole groups of {sample.n_seen} rows. Raise max_samples, "
+            "or give fewer rows of each group."
+        )

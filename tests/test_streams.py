@@ -1,0 +1,306 @@
+"""Streams: `partial_fit`, fits in bounded memory, and answers in order."""
+
+import pickle
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
+
+from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(240, 12)).astype(np.float32) * np.linspace(2, 0.1, 12, dtype=np.float32)
+IMAGES = RNG.integers(0, 256, (60, 32, 32), np.uint8)
+POOLED = ScatteringFeatures(scales=2, orientations=4, image_size=32)
+MAPS = ScatteringFeatures(scales=2, orientations=4, image_size=32, pooling=None)
+DETECTORS = {
+    "pooled": DFKDEDetector(POOLED, n_components=3, random_state=1),
+    "positions": PatchDFKDEDetector(MAPS, random_state=1),
+}
+
+
+def in_parts(detector, X, cuts, groups=None):
+    for places in np.array_split(np.arange(len(X)), cuts):
+        detector.partial_fit(X[places], groups=None if groups is None else [groups[i] for i in places])
+    return detector
+
+
+def assert_same(one, other):
+    for name, value in vars(one).items():
+        if name.endswith("_") and name != "features_":
+            np.testing.assert_array_equal(getattr(other, name), value, name)
+
+
+@pytest.mark.parametrize("cuts", [[], [20], [100, 150, 239], list(range(30, 240, 35))])
+@pytest.mark.parametrize("detector", [DFKDEDetector(), DFKDEDetector(contamination=0.05), DFKDEDetector.original()])
+def test_parts_of_a_matrix_make_what_a_fit_to_all_makes(detector, cuts):
+    assert_same(clone(detector).fit(ROWS), in_parts(clone(detector), ROWS, cuts))
+
+
+@pytest.mark.parametrize("cuts", [[], [25], [10, 11, 40]])
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_parts_of_images_make_what_a_fit_to_all_makes(kind, cuts):
+    whole = clone(DETECTORS[kind]).fit(IMAGES)
+    parts = in_parts(clone(DETECTORS[kind]), IMAGES, cuts)
+    assert_same(whole, parts)
+    np.testing.assert_array_equal(whole.score_samples(IMAGES), parts.score_samples(IMAGES))
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_groups_hold_across_parts(kind):
+    groups = [f"part {i // 3}" for i in range(60)]
+    whole = clone(DETECTORS[kind]).fit(IMAGES, groups=groups)
+    assert_same(whole, in_parts(clone(DETECTORS[kind]), IMAGES, [20, 31], groups))
+    assert len(np.unique(whole.calibration_groups_)) == 20
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_beyond_max_samples_parts_streams_and_lists_keep_the_same_images(kind):
+    detector = clone(DETECTORS[kind]).set_params(max_samples=40)
+    whole = clone(detector).fit(IMAGES)
+    assert len(whole.calibration_scores_) == 40
+    assert_same(whole, in_parts(clone(detector), IMAGES, [15, 35, 50]))
+    assert_same(whole, clone(detector).fit(image for image in IMAGES))
+    assert_same(whole, clone(detector).fit(list(IMAGES)))
+    assert len(clone(detector).set_params(random_state=2).fit(IMAGES).calibration_scores_) == 40
+
+
+def test_beyond_max_samples_parts_draw_what_a_fit_to_a_matrix_draws():
+    detector = DFKDEDetector(n_components=3, max_samples=100, random_state=0)
+    whole = clone(detector).fit(ROWS)
+    parts = in_parts(clone(detector), ROWS, [50, 130])
+    np.testing.assert_array_equal(parts.kernel_centers_, whole.kernel_centers_)
+    # A matrix is in memory anyway: its other rows are held out, and calibrate too.
+    assert (len(whole.calibration_scores_), len(parts.calibration_scores_)) == (240, 100)
+
+
+def test_fit_predict_answers_for_every_image_of_a_stream():
+    detector = clone(DETECTORS["pooled"]).set_params(max_samples=40)
+    verdicts = detector.fit_predict(image for image in IMAGES)
+    assert verdicts.shape == (60,)
+    np.testing.assert_array_equal(verdicts, clone(detector).fit_predict(IMAGES))
+
+
+def test_whole_groups_of_a_stream_are_kept():
+    groups = [i // 3 for i in range(60)]
+    detector = clone(DETECTORS["pooled"]).set_params(max_samples=40).fit((image for image in IMAGES), groups=groups)
+    _, sizes = np.unique(detector.calibration_groups_, return_counts=True)
+    assert sizes.tolist() == [3] * 13
+
+
+def test_a_pickled_detector_goes_on_where_it_was():
+    detector = pickle.loads(pickle.dumps(DFKDEDetector(n_components=3).partial_fit(ROWS[:100])))
+    assert_same(DFKDEDetector(n_components=3).fit(ROWS), detector.partial_fit(ROWS[100:]))
+
+
+def test_a_fit_begins_anew():
+    detector = DFKDEDetector(n_components=3).partial_fit(ROWS[:100])
+    assert_same(DFKDEDetector(n_components=3).fit(ROWS[100:]), detector.fit(ROWS[100:]))
+    with pytest.raises(ValueError, match="was fitted by fit, which keeps no training rows"):
+        detector.partial_fit(ROWS[:100])
+
+
+def test_any_transformer_is_fitted_to_the_first_part():
+    detector = DFKDEDetector(PCA(4, svd_solver="full"), n_components=2).partial_fit(ROWS[:100]).partial_fit(ROWS[100:])
+    features = PCA(4, svd_solver="full").fit(ROWS[:100]).transform(ROWS)
+    expected = DFKDEDetector(n_components=2).fit(features)
+    np.testing.assert_allclose(detector.calibration_scores_, expected.calibration_scores_, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("X", "groups", "message"),
+    [
+        (ROWS[:, :5], None, "X has 5 features, but DFKDEDetector is expecting 12"),
+        (np.full((3, 12), np.nan), None, "NaN"),
+        (ROWS[:3], [1, 2, 3], "groups were not given in earlier calls of partial_fit, and are given in this one"),
+    ],
+)
+def test_a_part_that_is_refused_changes_nothing(X, groups, message):
+    detector = DFKDEDetector(n_components=3).partial_fit(ROWS[:100])
+    before = pickle.dumps(detector)
+    with pytest.raises(ValueError, match=message):
+        detector.partial_fit(X, groups=groups)
+    assert pickle.dumps(detector) == before
+    detector.partial_fit(ROWS[100:])
+    assert_same(DFKDEDetector(n_components=3).fit(ROWS), detector)
+
+
+def test_a_first_part_that_is_refused_leaves_the_detector_unfitted():
+    detector = DFKDEDetector(n_components=3)
+    with pytest.raises(ValueError, match="do not differ"):
+        detector.partial_fit(np.zeros((5, 12)))
+    with pytest.raises(NotFittedError):
+        detector.predict(ROWS)
+    assert vars(detector).keys() == vars(DFKDEDetector()).keys()
+
+
+@pytest.mark.parametrize(("n_labels", "message"), [(5, "groups has 5 labels"), (61, "groups has 61 labels")])
+def test_groups_of_another_number_than_the_images_of_a_stream_are_refused(n_labels, message):
+    with pytest.raises(ValueError, match=message):
+        clone(DETECTORS["pooled"]).fit((image for image in IMAGES), groups=list(range(n_labels)))
+
+
+def test_groups_without_room_say_so():
+    detector = clone(DETECTORS["pooled"]).set_params(max_samples=20)
+    with pytest.raises(ValueError, match="max_samples=20 has no room for two whole groups of 60 rows"):
+        detector.fit((image for image in IMAGES), groups=[i // 30 for i in range(60)])
+
+
+def test_an_empty_stream_is_refused():
+    with pytest.raises(ValueError, match="0 images; at least one is needed"):
+        clone(DETECTORS["pooled"]).fit(iter([]))
+
+
+def test_a_broken_image_of_a_stream_is_named_by_its_place():
+    def images():
+        yield from (np.zeros((32, 32), np.uint8) + i % 7 for i in range(300))
+        yield np.full((32, 32), np.nan)
+
+    with pytest.raises(ValueError, match=r"images\[300\]: NaN"):
+        clone(DETECTORS["pooled"]).fit(images())
+
+
+def test_lists_beyond_max_samples_name_images_by_their_places(monkeypatch):
+    monkeypatch.setattr("dfkde_sklearn._features.extractor.STREAMED", 16)
+    images = [*IMAGES[:50], np.full((32, 32), np.nan)]
+    with pytest.raises(ValueError, match=r"images\[50\]: NaN"):
+        clone(DETECTORS["pooled"]).set_params(max_samples=30).fit(images)
+
+
+def test_the_memory_of_a_fit_does_not_grow_with_the_stream():
+    # Of a process each, as its largest size is what the system reports. Kept, the features would add 200 MB.
+    script = """
+import resource, sys
+import numpy as np
+from dfkde_sklearn import DFKDEDetector, ScatteringFeatures
+rng = np.random.default_rng(0)
+features = ScatteringFeatures(scales=4, orientations=8, image_size=32)
+images = (rng.integers(0, 256, (32, 32), np.uint8) for _ in range(int(sys.argv[1])))
+detector = DFKDEDetector(features, n_components=3, max_samples=200, random_state=0).fit(images)
+assert len(detector.calibration_scores_) == 200
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    few, many = (
+        int(subprocess.check_output([sys.executable, "-W", "ignore", "-c", script, str(n)])) for n in (400, 2000)
+    )
+    assert many < 1.02 * few
+
+
+# Answers for streams
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return clone(DETECTORS["pooled"]).fit(IMAGES)
+
+
+def assert_answers(found, expected):
+    for i, values in enumerate(expected):
+        # Other batches round otherwise.
+        np.testing.assert_allclose([answers[i] for answers in found], values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("batch_size", [1, 7, 60, 100])
+def test_a_stream_gets_the_answers_of_assess_in_order(kind, batch_size):
+    detector = clone(DETECTORS[kind]).fit(IMAGES)
+    expected = detector.assess(IMAGES)
+    pairs, batches = ((image, 0) for image in IMAGES), iter([IMAGES[:30, None], IMAGES[30:, None]])
+    for images in (iter(IMAGES), IMAGES, pairs, batches):
+        found = list(detector.score_stream(images, batch_size=batch_size))
+        assert type(found[0]) is type(expected)
+        assert isinstance(found[0].label, int)
+        assert_answers(found, expected)
+
+
+def test_a_folder_and_paths_are_streams_too(fitted, tmp_path):
+    for i in range(5):
+        Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    for images in (tmp_path, paths, iter(paths)):
+        assert_answers(list(fitted.score_stream(images, batch_size=2)), fitted.assess(IMAGES[:5]))
+
+
+def test_rows_and_matrices_are_streams():
+    detector = DFKDEDetector(n_components=3).fit(ROWS)
+    expected = detector.assess(ROWS[:50])
+    for rows in (ROWS[:50], iter(ROWS[:50]), iter([ROWS[:20], ROWS[20], ROWS[21:50]]), ROWS[:50].tolist()):
+        found = list(detector.score_stream(rows))
+        np.testing.assert_allclose([answers.log_density for answers in found], expected.log_density, rtol=1e-5)
+        assert [answers.label for answers in found] == expected.label.tolist()
+
+
+def test_any_transformer_scores_streams():
+    images = [row.reshape(3, 4) for row in ROWS[:30]]
+
+    class Flat(TransformerMixin, BaseEstimator):
+        def fit(self, X, y=None):
+            return self
+
+        def transform(self, X):
+            return np.array([image.ravel() for image in X])
+
+    detector = DFKDEDetector(Flat(), n_components=2).fit(images)
+    assert_answers(list(detector.score_stream(iter(images), batch_size=30)), detector.assess(images))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_all_answers_before_a_broken_image_come_first(fitted, batch_size):
+    def images():
+        yield from IMAGES[:10]
+        yield np.full((32, 32), np.nan)
+        yield from IMAGES
+
+    found = []
+    with pytest.raises(ValueError, match=r"images\[10\]: NaN"):
+        found.extend(fitted.score_stream(images(), batch_size=batch_size))
+    assert_answers(found, fitted.assess(IMAGES[:10]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_all_answers_before_an_error_of_the_stream_come_first(fitted, batch_size):
+    def images():
+        yield from IMAGES[:10]
+        raise ConnectionError("the camera is off")
+
+    found = []
+    with pytest.raises(ConnectionError, match="the camera is off"):
+        found.extend(fitted.score_stream(images(), batch_size=batch_size))
+    assert_answers(found, fitted.assess(IMAGES[:10]))
+
+
+def test_no_more_of_a_stream_is_read_than_is_needed_soon(fitted):
+    read = []
+
+    def images():
+        for i in range(1000):
+            read.append(i)
+            yield IMAGES[i % 60]
+
+    answers = fitted.score_stream(images(), batch_size=5)
+    assert not read  # nothing happens before the first answer is asked for
+    next(answers)
+    assert len(read) <= 15
+    answers.close()
+    n_read = len(read)
+    assert not [thread for thread in threading.enumerate() if "ahead" in thread.name]
+    assert len(read) == n_read
+
+
+@pytest.mark.parametrize("empty", [[], iter([]), (image for image in [])])
+def test_an_empty_stream_has_no_answers(fitted, empty):
+    with pytest.raises(ValueError, match=r"at least one is needed|gave no image or row"):
+        list(fitted.score_stream(empty))
+
+
+def test_streams_of_a_detector_that_is_not_fitted_are_refused_at_once():
+    with pytest.raises(NotFittedError):
+        DFKDEDetector().score_stream(IMAGES)
+    with pytest.raises(ValueError, match="batch_size"):
+        DFKDEDetector().fit(ROWS).score_stream(ROWS, batch_size=0)
