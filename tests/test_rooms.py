@@ -37,7 +37,6 @@ ALLOWED = {
     "_matrices": {"_inputs"},
     "_groups": {"_callbacks", "_density"},
     "_explanation": set(),
-    "_batch": {"_threads"},
     "_streams": {
         *("_batch", "_calibration", "_callbacks", "_density", "_features", "_groups", "_images", "_inputs"),
         *("_matrices",),
@@ -61,7 +60,7 @@ ALLOWED = {
         *("_callbacks", "_explanation", "_streams", "_inputs"),
     },
     # It takes anything with `assess`; the class of a detector in a file comes by its public name.
-    "_batch": {"_calibration", "_deploy", "_files", "_images", "_threads"},
+    "_batch": {"_calibration", "_deploy", "_images", "_threads"},
     "_report": {"_calibration", "_explanation", "_images", "_inputs", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},
     "metrics": set(),

@@ -192,8 +192,12 @@ class BatchScorer(_OnBatches):
     sha256 : str, default=None
         The SHA-256 that the file must have wherever it is loaded, as ``sha256sum`` prints it. None: that of the file
         when this object is made, if it is there.
-    weights, device, download
-        For a file: as in :meth:`DFKDEDetector.load`.
+    weights : str or PathLike, default=None
+        For a file: where the weights of the network are, on all machines, if not where they were at the fit.
+    device : str or torch.device, default=None
+        For a file: as in the constructor of a detector.
+    download : bool, default=False
+        For a file: whether each machine may download pretrained weights that it lacks.
 
     Attributes
     ----------
@@ -228,8 +232,18 @@ class BatchScorer(_OnBatches):
     __module__ = "dfkde_sklearn"
     _names = COLUMNS
 
-    def __init__(self, model: Any, *, column: str = "path", skip_broken: bool = False, **options: Any) -> None:
-        super().__init__(model, column=column, **options)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        column: str = "path",
+        skip_broken: bool = False,
+        sha256: str | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        device: Any = None,
+        download: bool = False,
+    ) -> None:
+        super().__init__(model, column=column, sha256=sha256, weights=weights, device=device, download=download)
         self.skip_broken = skip_broken
 
     def assess(self, X: Any) -> Assessment:
@@ -268,7 +282,13 @@ class BatchTransformer(_OnBatches):
         As in :class:`BatchScorer`: of a detector, its feature extractor is taken.
     column : str, default="path"
         As in :class:`BatchScorer`.
-    sha256, weights, device, download
+    sha256 : str, default=None
+        As in :class:`BatchScorer`.
+    weights : str or PathLike, default=None
+        As in :class:`BatchScorer`.
+    device : str or torch.device, default=None
+        As in :class:`BatchScorer`.
+    download : bool, default=False
         As in :class:`BatchScorer`.
 
     Attributes

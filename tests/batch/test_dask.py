@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from dfkde_sklearn import BatchScorer, BatchTransformer
+from dfkde_sklearn import BatchScorer, BatchTransformer, DFKDEDetector, ScatteringFeatures
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
@@ -69,6 +69,17 @@ def test_delayed_calls_score_and_describe(client, model, paths, detector):
     assert [row["path"] for part in found for row in part] == paths
     features = dask.compute(*(dask.delayed(transformer.transform)(part) for part in parts))
     np.testing.assert_array_equal(np.concatenate(features), detector.features_.transform(paths))
+
+
+def test_a_fit_out_of_core_is_the_local_one(client, data, paths):
+    extractor = ScatteringFeatures(scales=2, image_size=32)
+    transformer = BatchTransformer(extractor.fit(data.X_train))
+    futures = client.map(transformer.transform, [paths[start : start + 5] for start in range(0, 24, 5)])
+    found = DFKDEDetector(extractor, max_samples=15, random_state=0).fit_features(
+        futures.pop(0).result() for _ in range(len(futures))
+    )
+    local = DFKDEDetector(extractor, max_samples=15, random_state=0).fit(path for path in paths)
+    np.testing.assert_array_equal(found.score_samples(data.X_test), local.score_samples(data.X_test))
 
 
 def test_empty_partitions_and_missing_models_are_what_they_are(client, model, paths, tmp_path):

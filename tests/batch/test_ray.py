@@ -4,8 +4,9 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 
-from dfkde_sklearn import BatchScorer, BatchTransformer
+from dfkde_sklearn import BatchScorer, BatchTransformer, DFKDEDetector
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what it imports
@@ -71,6 +72,20 @@ def test_an_actor_pool_describes_images(ray_data, model, paths, detector):
     rows.sort(key=lambda row: row["path"])
     assert [row["path"] for row in rows] == paths
     np.testing.assert_array_equal(np.stack([row["features"] for row in rows]), detector.features_.transform(paths))
+
+
+def test_a_fit_out_of_core_is_the_local_one(ray_data, model, data, paths, detector):
+    ray_data.DataContext.get_current().execution_options.preserve_order = True
+    dataset = ray_data.from_items([{"path": path} for path in paths], override_num_blocks=6).map_batches(
+        BatchTransformer,
+        fn_constructor_args=(str(model),),
+        batch_size=4,
+        compute=ray_data.ActorPoolStrategy(size=2),
+    )
+    new = DFKDEDetector(detector.features, max_samples=15, random_state=0)
+    found = clone(new).fit_features(batch["features"] for batch in dataset.iter_batches(batch_size=8))
+    local = new.fit(path for path in paths)
+    np.testing.assert_array_equal(found.score_samples(data.X_test), local.score_samples(data.X_test))
 
 
 def test_no_image_gives_no_row_and_another_model_an_error(ray_data, model, paths):

@@ -262,3 +262,44 @@ def test_the_oldest_models_of_a_long_process_are_forgotten():
     for key in range(10):
         assert models.once_a_process(key, lambda: object()) is models.once_a_process(key, lambda: None)
     assert list(models._models) == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("max_samples", [15, 40_000])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **more: DFKDEDetector(ScatteringFeatures(scales=2, image_size=32), random_state=0, **more),
+        lambda **more: PatchDFKDEDetector(
+            ScatteringFeatures(scales=2, image_size=32, pooling=None), random_state=0, **more
+        ),
+    ],
+)
+def test_a_fit_to_features_from_elsewhere_is_that_to_the_images(data, make, max_samples, tmp_path):
+    local = make(max_samples=max_samples).fit(image for image in data.X_train)
+    transformer = BatchTransformer(local)
+    parts = (transformer.transform(data.X_train[start : start + 7]) for start in range(0, 20, 7))
+    found = make(max_samples=max_samples).fit_features(parts)
+    np.testing.assert_array_equal(found.calibration_scores_, local.calibration_scores_)
+    np.testing.assert_array_equal(found.score_samples(data.X_test), local.score_samples(data.X_test))
+    found.save(tmp_path / "found")
+    assert BatchScorer(tmp_path / "found")(data.X_test) == BatchScorer(local)(data.X_test)
+
+
+@pytest.mark.parametrize(
+    ("detector", "parts", "message"),
+    [
+        (DFKDEDetector(ScatteringFeatures(scales=2, image_size=32)), [], "parts gave no features"),
+        (
+            DFKDEDetector(ScatteringFeatures(scales=2, image_size=32)),
+            [np.zeros((5, 3))],
+            r"Part 0 has shape \(5, 3\), and features=ScatteringFeatures.* gives \(n, 240\)",
+        ),
+        (DFKDEDetector(None), [np.zeros((5, 3))], "fit_features needs a feature extractor"),
+        (PatchDFKDEDetector(flips="all"), [np.zeros((5, 3))], "fit_features needs a feature extractor"),
+    ],
+)
+def test_features_of_another_kind_are_an_error_and_the_detector_is_as_it_was(detector, parts, message):
+    before = dict(vars(detector))
+    with pytest.raises(ValueError, match=message):
+        detector.fit_features(parts)
+    assert vars(detector) == before
