@@ -107,17 +107,19 @@ class StreamsMixin:
 
     @_fit_context(prefer_skip_nested_validation=False)
     @one_task
-    def fit_features(self, parts: Iterable[Any], *, groups: Any = None) -> Self:
+    def fit_features(self, parts: Iterable[Any], y: Any = None, *, groups: Any = None) -> Self:
         """Fit to images whose features were computed elsewhere, as on a cluster.
 
-        The same as `fit` on these images in the same order, if they come as a stream. Of more than `max_samples` rows, a
-        random `max_samples` are kept, and no others are in memory.
+        The same as `fit` on a stream of these images in the same order. Of more than `max_samples` rows, a random
+        `max_samples` are kept, and no others are in memory.
 
         Parameters
         ----------
         parts : iterable of ndarray
             The features of some images each, of shape (n, n_features) or (n, h, w, C): what
             :class:`BatchTransformer`, or `transform` of a feature extractor like `features`, returns.
+        y : None
+            Ignored; there for the interface.
         groups : array-like of shape (n_samples,) or None, default=None
             What each image shows, as in `fit`.
 
@@ -145,13 +147,12 @@ class StreamsMixin:
         True
         """
         fitted = copy.copy(self)
-        # What is no matrix: with features="auto" it stands for images.
-        fitted._set_extractor([])
+        fitted._set_extractor("images")  # which is no matrix, for features="auto"
         extractor = fitted.features_
         if not isinstance(extractor, FeatureExtractor) or not fitted._reads_parts():
             raise ValueError(
-                f"fit_features needs a feature extractor as features=, in one pass; got features={self.features!r}. Give "
-                "TimmFeatures(...) or ScatteringFeatures(...), or fit on the features, with features=None."
+                f"fit_features needs a feature extractor as features=, in one pass; got features={self.features!r}. "
+                "Give TimmFeatures(...) or ScatteringFeatures(...), or fit on the features, with features=None."
             )
         extractor.fit_nothing()
         sample = RowSample(self.max_samples, fitted._drawn_seed())
