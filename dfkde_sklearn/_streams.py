@@ -154,7 +154,9 @@ class StreamsMixin:
                 f"fit_features needs a feature extractor as features=, in one pass; got features={self.features!r}. "
                 "Give TimmFeatures(...) or ScatteringFeatures(...), or fit on the features, with features=None."
             )
-        extractor.fit_nothing()
+        # As its `fit`, which learns nothing from images.
+        extractor._validate_params()
+        extractor._fit()
         sample = RowSample(self.max_samples, fitted._drawn_seed())
         _add(sample, fitted._checked_parts(parts, extractor), groups, self.max_samples)
         if not sample.n_seen:

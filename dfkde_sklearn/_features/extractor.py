@@ -139,11 +139,6 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         images.warn_of_white_level()
         return features
 
-    def fit_nothing(self) -> None:
-        """Set the fitted attributes, as `fit` does, where there are no images."""
-        self._validate_params()
-        self._fit()
-
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Return the features of the images.
 

@@ -58,6 +58,7 @@ def test_an_actor_pool_scores_each_image_once_though_an_actor_is_killed(
     assert {row["path"]: row["score"] for row in rows} == scores
 
 
+@pytest.mark.long
 def test_an_actor_pool_describes_images(ray_data, model, paths, detector):
     rows = (
         ray_data.from_items([{"path": path} for path in paths], override_num_blocks=6)
@@ -74,6 +75,7 @@ def test_an_actor_pool_describes_images(ray_data, model, paths, detector):
     np.testing.assert_array_equal(np.stack([row["features"] for row in rows]), detector.features_.transform(paths))
 
 
+@pytest.mark.long
 def test_a_fit_out_of_core_is_the_local_one(ray_data, model, data, paths, detector):
     ray_data.DataContext.get_current().execution_options.preserve_order = True
     dataset = ray_data.from_items([{"path": path} for path in paths], override_num_blocks=6).map_batches(
@@ -89,8 +91,10 @@ def test_a_fit_out_of_core_is_the_local_one(ray_data, model, data, paths, detect
 
 
 def test_no_image_gives_no_row_and_another_model_an_error(ray_data, model, paths):
+    from ray.data.expressions import col
+
     data = ray_data.from_items([{"path": path} for path in paths])
     pool = {"batch_size": 4, "compute": ray_data.ActorPoolStrategy(size=1), "fn_constructor_args": (str(model),)}
-    assert data.filter(expr="path == 'none'").map_batches(BatchScorer, **pool).take_all() == []
+    assert data.filter(expr=col("path") == "none").map_batches(BatchScorer, **pool).take_all() == []
     with pytest.raises(Exception, match="is another model: its SHA-256 is"):
         data.map_batches(BatchScorer, **pool, fn_constructor_kwargs={"sha256": "0" * 64}).take_all()
