@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dfkde_sklearn import datasets, metrics
+    from dfkde_sklearn._batch.scorer import BatchScorer, BatchTransformer
     from dfkde_sklearn._calibration import Assessment
     from dfkde_sklearn._classifier import AnomalyClassifier
     from dfkde_sklearn._deploy.model import DfkdeModel
@@ -30,6 +31,8 @@ __all__ = [
     "AnomalyClassifier",
     "AnomalyMapDisplay",
     "Assessment",
+    "BatchScorer",
+    "BatchTransformer",
     "DFKDEDetector",
     "DfkdeModel",
     "DriftMonitor",
@@ -57,6 +60,8 @@ _MODULES = {
     "AnomalyClassifier": "_classifier",
     "AnomalyMapDisplay": "_report.displays",
     "Assessment": "_calibration",
+    "BatchScorer": "_batch.scorer",
+    "BatchTransformer": "_batch.scorer",
     "DFKDEDetector": "_detector",
     "DfkdeModel": "_deploy.model",
     "DriftMonitor": "_monitor",

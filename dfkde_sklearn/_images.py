@@ -277,6 +277,22 @@ class Images(Sequence[Image.Image]):
         decoded = self[index]
         return decoded.height, decoded.width
 
+    def unreadable(self) -> dict[int, str]:
+        """Return the positions of the images that cannot be read, each with the reason.
+
+        Returns
+        -------
+        dict
+            By position, in order; empty where all can be read.
+        """
+        reasons = {}
+        for i in range(len(self)):
+            try:
+                self[i]
+            except (ValueError, OSError) as error:
+                reasons[i] = str(error)
+        return reasons
+
     def digest(self, index: int) -> bytes:
         """Return the SHA-256 of the image at `index`: of the file's bytes, or else of the pixels.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
+from math import prod
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
@@ -127,6 +128,85 @@ class StreamsMixin:
                 stacklevel=3 + N_CALLS,
             )
         return self
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    @one_task
+    def fit_features(self, parts: Iterable[Any], y: Any = None, *, groups: Any = None) -> Self:
+        """Fit to images whose features were computed elsewhere, as on a cluster.
+
+        The same as `fit` on a stream of these images in the same order. Of more than `max_samples` rows, a random
+        `max_samples` are kept, and no others are in memory.
+
+        Parameters
+        ----------
+        parts : iterable of ndarray
+            The features of some images each, of shape (n, n_features) or (n, h, w, C): what
+            :class:`BatchTransformer`, or `transform` of a feature extractor like `features`, returns.
+        y : None
+            Ignored; there for the interface.
+        groups : array-like of shape (n_samples,) or None, default=None
+            What each image shows, as in `fit`.
+
+        Returns
+        -------
+        detector
+            The detector itself, which scores images.
+
+        Raises
+        ------
+        ValueError
+            If `features` is no feature extractor of this package, or describes images by another number of features;
+            if there are no parts; or as `fit`.
+
+        Examples
+        --------
+        >>> from dfkde_sklearn import BatchTransformer, DFKDEDetector, ScatteringFeatures
+        >>> from dfkde_sklearn.datasets import make_textures
+        >>> images = make_textures(40, 1, image_size=32, random_state=0).X_train
+        >>> extractor = ScatteringFeatures(scales=2, image_size=32)
+        >>> transformer = BatchTransformer(extractor.fit(images))
+        >>> parts = map(transformer.transform, [images[:25], images[25:]])  # or on a cluster
+        >>> detector = DFKDEDetector(extractor).fit_features(parts)
+        >>> bool((detector.score_samples(images) == DFKDEDetector(extractor).fit(images).score_samples(images)).all())
+        True
+        """
+        fitted = copy.copy(self)
+        fitted._set_extractor("images")  # which is no matrix, for features="auto"
+        extractor = fitted.features_
+        if not isinstance(extractor, FeatureExtractor) or not fitted._reads_parts():
+            raise ValueError(
+                f"fit_features needs a feature extractor as features=, in one pass; got features={self.features!r}. "
+                "Give TimmFeatures(...) or ScatteringFeatures(...), or fit on the features, with features=None."
+            )
+        # As its `fit`, which learns nothing from images.
+        extractor._validate_params()
+        extractor._fit()
+        sample = RowSample(self.max_samples, fitted._drawn_seed())
+        _add(sample, fitted._checked_parts(parts, extractor), groups, self.max_samples)
+        if not sample.n_seen:
+            raise ValueError("parts gave no features. A generator can be used once.")
+        fitted._fit_table(sample.rows, sample.labels if sample.has_labels else None)
+        vars(self).update(vars(fitted))
+        self.__dict__.pop("_sample", None)
+        return self
+
+    def _checked_parts(self, parts: Iterable[Any], extractor: FeatureExtractor) -> Iterator[NDArray[np.number]]:
+        """Yield the parts that have rows, each checked to be features of the extractor."""
+        reset = True
+        for number, part in enumerate(parts):
+            rows = np.asarray(part)
+            shape = np.shape(rows)[1:]
+            of_extractor = extractor.n_features_out_
+            grid = extractor.grid_shape_
+            expected = (of_extractor,) if grid is None else (*grid, of_extractor // prod(grid))
+            if shape not in (expected, (of_extractor,)):
+                raise ValueError(
+                    f"Part {number} has shape {np.shape(rows)}, and features={self.features!r} gives (n, "
+                    f"{', '.join(map(str, expected))}). Compute the parts with the same feature extractor."
+                )
+            if len(rows):
+                yield self._validated(rows.reshape(len(rows), *expected), reset=reset)
+                reset = False
 
     def score_stream(self, X: Any, *, batch_size: int = 64) -> Iterator[Assessment]:
         """Yield log density, p-value, P(anomalous) and label of each image of a stream, in order.

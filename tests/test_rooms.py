@@ -20,6 +20,7 @@ ALLOWED = {
         "_explanation",
         "_monitor",
         "_pyod",
+        "_batch",
         "_deploy",
         "_features",
         "_report",
@@ -36,7 +37,6 @@ ALLOWED = {
     "_matrices": {"_inputs"},
     "_groups": {"_callbacks", "_density", "_threads"},
     "_explanation": set(),
-    "_batch": {"_threads"},
     "_streams": {
         *("_batch", "_calibration", "_callbacks", "_density", "_features", "_groups", "_images", "_inputs"),
         *("_matrices",),
@@ -59,6 +59,8 @@ ALLOWED = {
         *("_calibration", "_deploy", "_density", "_features", "_images", "_device", "_groups", "_maps", "_matrices"),
         *("_callbacks", "_explanation", "_streams", "_inputs"),
     },
+    # It takes anything with `assess`; the class of a detector in a file comes by its public name.
+    "_batch": {"_calibration", "_deploy", "_images", "_threads"},
     "_report": {"_calibration", "_explanation", "_images", "_inputs", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},
     "metrics": set(),

@@ -205,6 +205,19 @@ def positive(text: str) -> int:
     return n
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Return K and N of "K/N": the K-th of N parts."""
+    try:
+        k, n = map(int, text.split("/"))
+    except ValueError:
+        k, n = 0, 1
+    if not 1 <= k <= n:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not K/N with K from 1 to N, such as 3/16. Where jobs are counted from 0, add 1"
+        )
+    return k, n
+
+
 def n_components(text: str) -> int | float | str:
     """Return a number, or "auto"."""
     if text == "auto":

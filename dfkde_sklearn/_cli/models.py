@@ -45,14 +45,14 @@ def add_weights_argument(group: Any) -> None:
 
 def loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDetector:
     """Return the detector in the file MODEL, with the settings of the command line."""
-    from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector
-    from dfkde_sklearn._deploy.saved import read
+    from dfkde_sklearn._batch.models import load_detector
 
     def load(path: Path) -> DFKDEDetector | PatchDFKDEDetector:
-        file = read(path)
-        kind = PatchDFKDEDetector if file.owner == PatchDFKDEDetector.__name__ else DFKDEDetector
         with weights_advice("On the command line: --weights FILE, the file that the model was fitted with."):
-            return kind._of_file(file, backbone=None, weights=options.weights, device=options.device, download=True)
+            detector: DFKDEDetector | PatchDFKDEDetector = load_detector(
+                path, weights=options.weights, device=options.device, download=True
+            )
+            return detector
 
     path = options.model
     detector = file_of_model(path, load)

@@ -15,6 +15,7 @@ from dfkde_sklearn._cli.arguments import (
     given,
     positive,
     rate,
+    shard,
 )
 from dfkde_sklearn._cli.exit_codes import DONE, FAILED, NOT_ALL_NORMAL
 from dfkde_sklearn._cli.files import check_distinct, check_new, check_png, write_new
@@ -32,6 +33,7 @@ from dfkde_sklearn._cli.output import (
     shows_progress,
     summarize,
 )
+from dfkde_sklearn._cli.shards import score_shard
 from dfkde_sklearn._cli.tables import Row, as_csv, as_json, as_jsonl, as_parquet, parquet_library
 from dfkde_sklearn._report.text import decimal
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from dfkde_sklearn import Assessment, DFKDEDetector, DriftMonitor, PatchDFKDEDetector
 
 STDOUT = Path("-")
+# What needs all images, or shows them, and not those of a shard.
+_NOT_OF_SHARDS = ("fdr", "groups", "top", "csv", "json", "jsonl", "sheet", "maps", "monitor")
 FORMATS = {"csv": as_csv, "json": as_json, "jsonl": as_jsonl, "parquet": as_parquet}
 
 
@@ -112,6 +116,21 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="with --maps, also write IMAGE.mask.png: white where the image is anomalous, else black",
     )
+    group = command.add_argument_group("many jobs")
+    group.add_argument(
+        "--shard",
+        type=shard,
+        metavar="K/N",
+        help="score the K-th of N parts of the images only, sorted by name, as one of N jobs that are given the same "
+        "model and images. --parquet is then a folder, which is made if it does not exist; the table goes into "
+        "scores-K-of-N.parquet in it, with five digits, and is not printed",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --shard, continue a job that was stopped: what it has scored is kept, and nothing is done if the "
+        "shard is complete. Shards of another model or of other images are an error",
+    )
     command.add_argument(
         "--monitor",
         type=Path,
@@ -141,6 +160,9 @@ def run(options: argparse.Namespace) -> int:
     from dfkde_sklearn._maps import lie_over_images
 
     _check_arguments(options)
+    if options.shard is not None:
+        detector = _with_threshold(options, loaded_detector(options))
+        return score_shard(options, detector, image_paths(options))
     paths = image_paths(options)
     groups = image_groups(options, paths)
     tables = {name: path for name in FORMATS if (path := getattr(options, name)) is not None}
@@ -238,6 +260,17 @@ def _check_arguments(options: argparse.Namespace) -> None:
         raise ValueError("--groups says which images are one part, for --fdr and --monitor. Give one of them too.")
     if options.masks and options.maps is None:
         raise ValueError("--masks writes into the folder of --maps. Give --maps FOLDER too.")
+    if options.shard is not None:
+        if options.parquet is None:
+            raise ValueError("--shard writes a file for each shard into one folder. Give --parquet FOLDER too.")
+        for name in _NOT_OF_SHARDS:
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name} is for all images at once, and --shard scores a part of them. Leave --{name} out; the "
+                    "shards together have what it needs."
+                )
+    elif options.resume:
+        raise ValueError("--resume continues a shard. Give --shard K/N too; with --shard 1/1, one has all images.")
     if options.parquet is not None:
         if options.parquet == STDOUT:
             raise ValueError("--parquet - would print a file that is no text. Name a file, or print --jsonl -.")
@@ -312,13 +345,7 @@ def _broken(paths: list[str]) -> dict[str, str]:
     """Return the images that cannot be read, each with the reason."""
     from dfkde_sklearn._images import as_images
 
-    images, broken = as_images(paths), {}
-    for i, path in enumerate(paths):
-        try:
-            images[i]
-        except (ValueError, OSError) as error:
-            broken[path] = str(error)
-    return broken
+    return {paths[i]: reason for i, reason in as_images(paths).unreadable().items()}
 
 
 def _written(outputs: list[tuple[Path, Callable[[], bytes]]], options: argparse.Namespace) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 # Libraries that write Parquet files, in the order in which they are tried.
 _OF_PARQUET = ("pyarrow", "polars")
+_NUMBERS = ("score", "p_anomalous", "p_value")
 
 
 class Row(NamedTuple):
@@ -69,24 +70,35 @@ def as_parquet(rows: Sequence[Row]) -> bytes:
     ImportError
         As `parquet_library`.
     """
-    for row in rows:
-        try:
-            row.path.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"--parquet: the name {row.path!r} is not UTF-8, which Parquet needs. Rename the image, or use --csv."
-            ) from error
+    check_utf_8([row.path for row in rows])
     columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
     library, file = parquet_library(), io.BytesIO()
-    numbers = ("score", "p_anomalous", "p_value")
     if library.__name__ == "polars":
-        schema = {name: library.Float64 if name in numbers else library.String for name in columns}
+        schema = {name: library.Float64 if name in _NUMBERS else library.String for name in columns}
         library.DataFrame(columns, schema=schema).write_parquet(file)
     else:
-        types = {name: library.float64() if name in numbers else library.string() for name in columns}
-        table = library.table(columns, schema=library.schema(types))
-        importlib.import_module("pyarrow.parquet").write_table(table, file)
+        importlib.import_module("pyarrow.parquet").write_table(arrow_table(rows), file)
     return file.getvalue()
+
+
+def arrow_table(rows: Sequence[Row]) -> Any:
+    """Return the rows as a table of pyarrow, which must be installed."""
+    import pyarrow
+
+    types = {name: pyarrow.float64() if name in _NUMBERS else pyarrow.string() for name in Row._fields}
+    columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+    return pyarrow.table(columns, schema=pyarrow.schema(types))
+
+
+def check_utf_8(paths: Sequence[str]) -> None:
+    """Raise a ValueError if a name is not UTF-8, which Parquet's text is."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"--parquet: the name {path!r} is not UTF-8, which Parquet needs. Rename the image, or use --csv."
+            ) from error
 
 
 def parquet_library() -> Any:

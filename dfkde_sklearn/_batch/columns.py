@@ -1,0 +1,68 @@
+"""What a detector answers for a batch of images, as columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfkde_sklearn._images import as_images
+
+# The columns that `dfkde score` writes too, after the path.
+_NUMBERS = ("score", "p_anomalous", "p_value")
+COLUMNS = (*_NUMBERS, "verdict", "reason")
+
+
+def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = True) -> dict[str, NDArray[Any]]:
+    """Return the answers of a detector for images, one row for each.
+
+    Parameters
+    ----------
+    detector : object with `assess`
+        What scores the images.
+    images : images or array-like of shape (n, n_features)
+        What it takes; there may be none.
+    skip_broken : bool
+        Whether an image that cannot be read is no error.
+    widened : bool, default=True
+        Whether numbers are float64, so that batches have the same types with and without images; else they keep the
+        dtype of the answers.
+
+    Returns
+    -------
+    dict
+        Arrays of shape (n,) by the names of `COLUMNS`: numbers, NaN for an image that cannot be read; the verdict
+        "normal", "anomalous" or "broken"; and the reason why the image cannot be read, else "".
+
+    Raises
+    ------
+    ValueError, OSError
+        As `assess`; with `skip_broken` only if it fails on images that can be read.
+    """
+    n = len(images)
+    columns: dict[str, NDArray[Any]] = {name: np.full(n, np.nan) for name in _NUMBERS}
+    verdict, reason = ["broken"] * n, [""] * n
+    broken: dict[int, str] = {}
+    assessment = None
+    if n:
+        try:
+            assessment = detector.assess(images)
+        except (ValueError, OSError):
+            # Few batches have a broken image: only where something is wrong are images read one by one.
+            broken = as_images(images).unreadable() if skip_broken else {}
+            if not broken:
+                raise
+    readable = [i for i in range(n) if i not in broken]
+    if broken and readable:
+        assessment = detector.assess(as_images(images).items(readable))
+    if assessment is not None:
+        answers = (assessment.log_density, assessment.p_anomalous, assessment.p_value)
+        for name, values in zip(_NUMBERS, answers, strict=True):
+            columns[name] = np.full(n, np.nan, np.float64 if widened else values.dtype)
+            columns[name][readable] = values
+        for i, label in zip(readable, assessment.label.tolist(), strict=True):
+            verdict[i] = "anomalous" if label == -1 else "normal"
+    for i, why in broken.items():
+        reason[i] = why
+    return {**columns, "verdict": np.array(verdict, dtype=str), "reason": np.array(reason, dtype=str)}
