@@ -171,7 +171,7 @@ class StreamsMixin:
         True
         """
         fitted = copy.copy(self)
-        fitted._set_extractor("images")  # which is no matrix, for features="auto"
+        fitted._begin("images")  # which is no matrix, for features="auto"
         extractor = fitted.features_
         if not isinstance(extractor, FeatureExtractor) or not fitted._reads_parts():
             raise ValueError(
@@ -181,13 +181,15 @@ class StreamsMixin:
         # As its `fit`, which learns nothing from images.
         extractor._validate_params()
         extractor._fit()
-        sample = RowSample(self.max_samples, fitted._drawn_seed())
+        sample = RowSample(self.max_samples, fitted._seed)
         _add(sample, fitted._checked_parts(parts, extractor), groups, self.max_samples)
         if not sample.n_seen:
             raise ValueError("parts gave no features. A generator can be used once.")
+        fitted._sample = sample
         fitted._fit_table(sample.rows, sample.labels if sample.has_labels else None)
-        vars(self).update(vars(fitted))
+        fitted._keep_rows(sample.rows, groups)
         self.__dict__.pop("_sample", None)
+        vars(self).update(vars(fitted))
         return self
 
     def _checked_parts(self, parts: Iterable[Any], extractor: FeatureExtractor) -> Iterator[NDArray[np.number]]:
