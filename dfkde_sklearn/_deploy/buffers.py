@@ -281,3 +281,12 @@ class DensityBuffers(StateBuffers):
         elif "scaling_code" in given and int(given["scaling_code"]) not in range(len(SCALINGS)):
             faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(SCALINGS) - 1}")
         return faults
+
+    @classmethod
+    def _value_fault(cls, name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
+        fault = super()._value_fault(name, given, is_fitted=is_fitted)
+        if fault or name != "components" or not is_fitted:
+            return fault
+        # Projections on longer axes may exceed the largest number.
+        length = float(torch.linalg.vector_norm(given[name], dim=1).max())
+        return f"components has a row of length {length:.3g}; allowed: 1" if length > 1.001 else ""

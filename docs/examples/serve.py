@@ -43,6 +43,7 @@ REQUESTS = Counter("dfkde_requests", "Requests to /score", ["status"])
 VERDICTS = Counter("dfkde_verdicts", "Images scored", ["verdict"])
 SECONDS = Histogram("dfkde_request_seconds", "Time from the first byte of a request to its answer")
 BATCH = Histogram("dfkde_batch_images", "Images scored together", buckets=[1, 2, 4, 8, 16, 32, 64])
+WAITING = Gauge("dfkde_waiting", "Images that wait or are scored")
 PARTS = Gauge("dfkde_drift_parts", "Images that the drift monitor has seen")
 ALARM = Gauge("dfkde_drift_alarm", "1 while there is an alarm", ["kind"])
 EVIDENCE = Gauge("dfkde_drift_evidence", "Evidence of drift; an alarm is raised at 1", ["kind"])
@@ -159,6 +160,7 @@ def make_app(scorer, facts):
 
     @asynccontextmanager
     async def lifespan(_):
+        scorer.update_monitor()
         tasks = [asyncio.create_task(task) for task in (scorer.score_batches(), scorer.watch())]
         yield
         # By now all requests are answered.
@@ -181,7 +183,8 @@ def make_app(scorer, facts):
             image = await image_in(request, scorer.options.max_mib * 2**20)
             future = asyncio.get_running_loop().create_future()
             scorer.queue.put_nowait((image, regions, future))
-            answer = await future
+            with WAITING.track_inprogress():
+                answer = await future
             if isinstance(answer, ValueError):
                 raise HTTPException(400, str(answer))
             if isinstance(answer, Exception):
