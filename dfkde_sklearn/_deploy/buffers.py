@@ -20,6 +20,8 @@ from dfkde_sklearn._density.scoring import (
 )
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
 
+_MAX_LOG = 1e12
+
 
 class StateBuffers(nn.Module):
     """A fitted density in buffers, with its calibration scores and the curve of probabilities.
@@ -164,6 +166,9 @@ class StateBuffers(nn.Module):
         is_unknown = name in cls.MAY_BE_NAN and bool(value.isnan().all())
         if not is_unknown and not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinities"
+        # Sums of logarithms of numbers, each below 1000; with larger ones log densities would be infinite.
+        if name.startswith("log_") and value.numel() and not float(value.abs().max()) <= _MAX_LOG:
+            return f"{name} holds {float(value.abs().max()):.3g}; allowed: logarithms, up to {_MAX_LOG:g}"
         # Smaller numbers count as zero in the threads of the kernels.
         if name in cls.POSITIVE and value.numel() and not float(value.flatten()[0]) >= torch.finfo(torch.float64).tiny:
             return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
