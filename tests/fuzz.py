@@ -226,7 +226,7 @@ class Models:
         if kind == 1:
             header = json.dumps(altered(json.loads(header), rng))
         elif kind == 2:
-            name = list(tensors)[rng.integers(len(tensors))]
+            name = sorted(tensors)[rng.integers(len(tensors))]  # safetensors has no order
             tensors[name] = self.strange(tensors[name], rng)
         else:  # any byte, with a right checksum
             digits = json.loads(header)["sha256"].encode()
@@ -237,11 +237,12 @@ class Models:
         return data.replace(DIGITS, hashlib.sha256(data).hexdigest().encode(), 1)
 
     def strange(self, tensor, rng):
-        value = [np.nan, np.inf, -np.inf, 0.9, -0.9, 0.0, -1.0, 1e-320, 2.0**62][rng.integers(9)]
+        value = [np.nan, np.inf, -np.inf, 1e308, -1e308, 0.0, -1.0, 1e-320, 1e-200, 1e200, 2.0**62][rng.integers(11)]
         changed = tensor.clone().contiguous()
         if changed.numel() and changed.is_floating_point():
-            largest = torch.finfo(changed.dtype).max if abs(value) == 0.9 else 1.0
-            changed.view(-1)[rng.integers(changed.numel())] = value * largest
+            limits = torch.finfo(changed.dtype)
+            value = float(np.clip(value, limits.min, limits.max)) if abs(value) < np.inf else value
+            changed.view(-1)[rng.integers(changed.numel())] = value
         elif changed.numel() and changed.dtype == torch.int64:
             changed.view(-1)[rng.integers(changed.numel())] = int(rng.integers(-(2**62), 2**62))
         kinds = [

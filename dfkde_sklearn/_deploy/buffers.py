@@ -172,6 +172,9 @@ class StateBuffers(nn.Module):
         # Smaller numbers count as zero in the threads of the kernels.
         if name in cls.POSITIVE and value.numel() and not float(value.flatten()[0]) >= torch.finfo(torch.float64).tiny:
             return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
+        # Kernels divide by its square.
+        if name == "bandwidth" and not 1e-150 <= float(value) <= 1e150:
+            return f"{name} is {float(value)}; allowed: 1e-150 to 1e150"
         return ""
 
 

@@ -325,6 +325,8 @@ def test_lengths_that_are_not_positive_are_refused(name, value, tmp_path):
     [
         ("components", 1e89, r"components has a row of length 1e\+89; allowed: 1"),
         ("log_volume", 1.6e308, r"log_volume holds 1\.6e\+308; allowed: logarithms"),
+        ("bandwidth", 1e200, r"bandwidth is 1e\+200; allowed: 1e-150 to 1e150"),
+        ("bandwidth", 1e-200, r"bandwidth is 1e-200; allowed: 1e-150 to 1e150"),
         ("log_jacobian", -1e300, r"log_jacobian holds 1e\+300; allowed: logarithms"),
     ],
 )
