@@ -20,6 +20,7 @@ from sklearn.utils._param_validation import Interval, validate_parameter_constra
 from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn._calibration import CalibratedOutlierMixin, lowest_of_groups
+from dfkde_sklearn._document import is_integer_from
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._groups import group_numbers
 
@@ -121,7 +122,7 @@ class DriftMonitor:
         check_is_fitted(detector)
         validate_parameter_constraints(
             {
-                "average_run_length": [Interval(Integral, 1, None, closed="left")],
+                "average_run_length": [Interval(Integral, 1, 2**53, closed="both")],
                 "random_state": [Interval(Integral, 0, 2**32 - 1, closed="both")],
             },
             {"average_run_length": average_run_length, "random_state": random_state},
@@ -298,11 +299,12 @@ class DriftMonitor:
                 raise ValueError(f"format {state['format']!r}, version {state['version']!r}")
             monitor = cls(detector, average_run_length=state["average_run_length"], random_state=state["random_state"])
             monitor._restore(state)
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            is_of_detector = state["calibration"] == monitor._calibration
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(
                 f"{name!r} is not a file of DriftMonitor.save, or it is damaged: {type(error).__name__}: {error}"
             ) from error
-        if state["calibration"] != monitor._calibration:
+        if not is_of_detector:
             raise ValueError(
                 f"{name!r} is the monitor of another detector, or the detector was recalibrated since: its calibration "
                 "scores are others. Begin a new file."
@@ -393,15 +395,19 @@ class DriftMonitor:
             or recent.ndim != 1
             or not ((recent >= 0) & (recent <= 1)).all()
             or state["alarm"] not in ("bulk", "tail", None)
-            or not isinstance(state["n_seen"], int)
-            or state["n_seen"] < 0
-            or not isinstance(state["since"], int | None)
-            or any(len(of_update) != 5 for of_update in history)
+            or not is_integer_from(0)(state["n_seen"])
+            or state["n_seen"] < max(len(parts), len(recent))
+            or (state["since"] is None) != (state["alarm"] is None)
+            or not (state["since"] is None or is_integer_from(0)(state["since"]))
+            or (state["since"] or 0) > state["n_seen"]
+            or any(len(of_update) != 5 or not _is_update(of_update) for of_update in history)
         ):
             raise ValueError("its values contradict one another")
         self._reference, self._parts = reference.tolist(), parts.tolist()
         self._recent.extend(recent.tolist())
         self._bets = _Bets.of_state(state["bets"])
+        if (self._bets.starts < 0).any() or (self._bets.starts > state["n_seen"]).any():
+            raise ValueError("its bets begin with parts that it has not seen")
         self.n_seen_, self._first_alarm, self.since_ = state["n_seen"], state["alarm"], state["since"]
         self.history_ = [(int(of_update[0]), *of_update[1:]) for of_update in history]  # type: ignore[misc]
 
@@ -455,8 +461,8 @@ class _Bets:
             ("starts", state["starts"], np.int64),
         ):
             array = np.asarray(values, dtype=dtype)
-            if array.shape != getattr(bets, name).shape or np.isnan(array).any():
-                raise ValueError(f"{name} of its bets are {array.shape}")
+            if array.shape != getattr(bets, name).shape or not (array < np.inf).all():
+                raise ValueError(f"{name} of its bets are {array}")
             setattr(bets, name, array)
         return bets
 
@@ -465,6 +471,12 @@ def _smoothed_rank(score: float, in_order: list[float], share: float) -> float:
     """Return the rank of a score among others and itself, over their number; of equal ones this share lies below."""
     below, upto = bisect_left(in_order, score), bisect_right(in_order, score)
     return (below + share * (upto - below + 1)) / (len(in_order) + 1)
+
+
+def _is_update(of_update: tuple[float, ...]) -> bool:
+    """Return whether an entry of the history is possible: a number of parts, two evidences, two shares."""
+    n_seen, bulk, tail, low, median = of_update
+    return 0 <= n_seen < 2**53 and bulk >= 0 and tail >= 0 and 0 <= low <= 1 and 0 <= median <= 1
 
 
 def _within_bulk(p_value: float) -> float:

@@ -80,6 +80,8 @@ sphinx_gallery_conf = {
     "gallery_dirs": "auto_examples",
     "subsection_order": ["examples/first_steps", "examples/choosing", "examples/moving"],
     "download_all_examples": False,
+    # Files to copy, to which the pages link.
+    "ignore_pattern": r"serve\.py$",
     "default_thumb_file": str(Path(__file__).parent / "_static" / "demo.png"),
     "show_signature": False,
     "min_reported_time": float("inf"),

@@ -199,12 +199,24 @@ def test_files_that_are_not_those_of_the_monitor_are_refused(tmp_path):
         {"bets": {}},
         {"bets": whole["bets"] | {"sums": [1.0]}},
         {"average_run_length": 0},
+        # Found by tests/fuzz.py: these raised other errors, or when the monitor was used.
+        {"reference": [10**400]},
+        {"history": [[10**400] * 5]},
+        {"history": [[1, 0.0, float("nan"), 0.5, 0.5]]},
+        {"bets": whole["bets"] | {"starts": [2**70] * len(whole["bets"]["starts"])}},
+        {"bets": whole["bets"] | {"sums": [1e999] * len(whole["bets"]["sums"])}},
+        {"bets": []},
+        {"n_seen": 2**64},
+        {"n_seen": True},
+        {"since": 31},
+        {"average_run_length": 10**400},
     ]
     for change in changes:
         file.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=r"not a file of DriftMonitor\.save, or it is damaged"):
             DriftMonitor.load(file, calibrated())
-    for content in ("", "{", "[]", json.dumps(whole)[:200]):
+    without = {name: value for name, value in whole.items() if name != "calibration"}
+    for content in ("", "{", "[]", json.dumps(whole)[:200], json.dumps(without)):
         file.write_text(content)
         with pytest.raises(ValueError, match=r"not a file of DriftMonitor\.save, or it is damaged"):
             DriftMonitor.load(file, calibrated())

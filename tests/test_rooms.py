@@ -48,7 +48,7 @@ ALLOWED = {
     "_density": {"_kernels", "_threads"},
     "_features": {"_callbacks", "_images", "_inputs", "_device", "_threads", "_files", "_document"},
     "_calibration": {"_groups"},
-    "_monitor": {"_calibration", "_files", "_groups"},
+    "_monitor": {"_calibration", "_document", "_files", "_groups"},
     "_deploy": {"_density", "_kernels", "_features", "_images", "_device", "_files", "_document"},
     "_classifier": {"_calibration", "_callbacks"},
     "_detector": {

@@ -20,6 +20,8 @@ from dfkde_sklearn._density.scoring import (
 )
 from dfkde_sklearn._kernels.density import WORKING_MEMORY
 
+_MAX_LOG = 1e12
+
 
 class StateBuffers(nn.Module):
     """A fitted density in buffers, with its calibration scores and the curve of probabilities.
@@ -164,9 +166,15 @@ class StateBuffers(nn.Module):
         is_unknown = name in cls.MAY_BE_NAN and bool(value.isnan().all())
         if not is_unknown and not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinities"
+        # Sums of logarithms of numbers, each below 1000; with larger ones log densities would be infinite.
+        if name.startswith("log_") and value.numel() and not float(value.abs().max()) <= _MAX_LOG:
+            return f"{name} holds {float(value.abs().max()):.3g}; allowed: logarithms, up to {_MAX_LOG:g}"
         # Smaller numbers count as zero in the threads of the kernels.
         if name in cls.POSITIVE and value.numel() and not float(value.flatten()[0]) >= torch.finfo(torch.float64).tiny:
             return f"{name} is {float(value.flatten()[0])}; allowed: positive numbers"
+        # Kernels divide by its square.
+        if name == "bandwidth" and not 1e-150 <= float(value) <= 1e150:
+            return f"{name} is {float(value)}; allowed: 1e-150 to 1e150"
         return ""
 
 
@@ -281,3 +289,12 @@ class DensityBuffers(StateBuffers):
         elif "scaling_code" in given and int(given["scaling_code"]) not in range(len(SCALINGS)):
             faults.append(f"scaling_code is {int(given['scaling_code'])}; allowed: 0 to {len(SCALINGS) - 1}")
         return faults
+
+    @classmethod
+    def _value_fault(cls, name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
+        fault = super()._value_fault(name, given, is_fitted=is_fitted)
+        if fault or name != "components" or not is_fitted:
+            return fault
+        # Projections on longer axes may exceed the largest number.
+        length = float(torch.linalg.vector_norm(given[name], dim=1).max())
+        return f"components has a row of length {length:.3g}; allowed: 1" if length > 1.001 else ""

@@ -186,32 +186,32 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         return flipping.transform(X)
 
     def fit_transform_parts(self, X: Any) -> Iterator[NDArray[np.float32]]:
-        """Fit, and yield the features of the images part by part, in bounded memory.
+        """Fit, and return the features of the images part by part, in bounded memory.
 
         Parameters
         ----------
         X : images
             As in `fit_transform`.
 
-        Yields
-        ------
-        ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
+        Returns
+        -------
+        iterator of ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
             The features of the next images, as `fit_transform` returns them for all.
         """
         self._validate_params()
         return self._parts(X, self._fit())
 
     def transform_parts(self, X: Any) -> Iterator[NDArray[np.float32]]:
-        """Yield the features of the images part by part, in bounded memory.
+        """Return the features of the images part by part, in bounded memory.
 
         Parameters
         ----------
         X : images
             As in `transform`.
 
-        Yields
-        ------
-        ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
+        Returns
+        -------
+        iterator of ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
             The features of the next images, as `transform` returns them for all.
         """
         check_is_fitted(self, "n_features_out_")

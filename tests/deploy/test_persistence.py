@@ -320,6 +320,24 @@ def test_lengths_that_are_not_positive_are_refused(name, value, tmp_path):
         DFKDEDetector.load(tmp_path / "d")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("components", 1e89, r"components has a row of length 1e\+89; allowed: 1"),
+        ("log_volume", 1.6e308, r"log_volume holds 1\.6e\+308; allowed: logarithms"),
+        ("bandwidth", 1e200, r"bandwidth is 1e\+200; allowed: 1e-150 to 1e150"),
+        ("bandwidth", 1e-200, r"bandwidth is 1e-200; allowed: 1e-150 to 1e150"),
+        ("log_jacobian", -1e300, r"log_jacobian holds 1e\+300; allowed: logarithms"),
+    ],
+)
+def test_axes_and_logarithms_with_which_scores_would_be_infinite_are_refused(name, value, message, tmp_path):
+    DFKDEDetector(n_components=2, residual="box").fit(rows(8, 4)).save(tmp_path / "d")
+    tensor = safetensors.torch.load_file(tmp_path / "d")[name]
+    rewrite(tmp_path / "d", **{name: with_value(tensor, value)})
+    with pytest.raises(ValueError, match=message):
+        DFKDEDetector.load(tmp_path / "d")
+
+
 @pytest.mark.parametrize("bad", [1.0, [1.0], None, torch.empty((), dtype=torch.float64, device="meta")])
 def test_a_state_dict_of_other_things_than_tensors_is_refused(bad):
     model = DFKDEDetector.original(n_components=2).fit(rows(8, 4)).to_torch()

@@ -1,8 +1,8 @@
 """
-Deploy: ONNX Runtime, OpenVINO, FastAPI
-=======================================
+Deploy: ONNX Runtime, OpenVINO
+==============================
 
-One file for programs without Python, and a service of twenty lines for those that speak HTTP.
+One file for programs without Python. For those that speak HTTP there is a server to copy: :ref:`serving`.
 """
 
 # %%
@@ -49,44 +49,3 @@ import openvino
 
 compiled = openvino.compile_model(folder / "detector.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 print("labels agree:", bool((compiled({"images": rgb})["label"] == detector.predict(rgb)).all()))
-
-# %%
-# A service
-# ---------
-#
-# Where Python is available, the saved detector is enough. It is loaded once; what is no image is answered with an
-# error.
-
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.testclient import TestClient
-
-detector.save(folder / "detector.safetensors")
-served = PatchDFKDEDetector.load(folder / "detector.safetensors")
-app = FastAPI()
-
-
-@app.post("/score")
-async def score(request: Request):
-    try:
-        assessment = served.assess([await request.body()])
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from None
-    return {
-        "label": int(assessment.label[0]),
-        "p_value": float(assessment.p_value[0]),
-        "log_density": float(assessment.log_density[0]),
-    }
-
-
-# %%
-# As a client sees it:
-
-import io
-
-from PIL import Image
-
-buffer = io.BytesIO()
-Image.fromarray(data.X_test[0]).save(buffer, format="png")
-client = TestClient(app)
-print(client.post("/score", content=buffer.getvalue()).json())
-print(client.post("/score", content=b"not an image").status_code)
