@@ -211,7 +211,7 @@ class StreamsMixin:
                 reset = False
 
     def score_stream(self, X: Any, *, batch_size: int = 64) -> Iterator[Assessment]:
-        """Yield log density, p-value, P(anomalous) and label of each image of a stream, in order.
+        """Return log density, p-value, P(anomalous) and label of each image of a stream, in order, one by one.
 
         In bounded memory, whatever the length: while the answers for some images are used, the next images are read,
         described and scored in a thread.
@@ -224,9 +224,9 @@ class StreamsMixin:
         batch_size : int, default=64
             The number of images that are read and scored at a time.
 
-        Yields
-        ------
-        Assessment
+        Returns
+        -------
+        iterator of Assessment
             Of a number each, for the next image or row.
 
         Raises
