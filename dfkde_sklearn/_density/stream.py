@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,21 +62,33 @@ class RowSample:
         """Return the number of rows that are kept."""
         return len(self._kept().rows) if self._parts else 0
 
-    def __copy__(self) -> RowSample:
-        """Return a sample that can be extended while this one stays as it is."""
-        twin = RowSample(self.max_rows, self.seed)
-        twin.n_seen, twin._limit, twin._parts = self.n_seen, self._limit, list(self._parts)
-        return twin
+    def state(self) -> dict[str, Any]:
+        """Return what `from_state` makes the sample of: arrays, lists and plain numbers."""
+        kept = self._kept()
+        return {
+            "n_seen": self.n_seen,
+            "seed": self.seed,
+            "limit": self._limit,
+            "rows": kept.rows,
+            "numbers": kept.numbers,
+            "places": kept.places,
+            "labels": kept.labels.tolist() if self.has_labels else None,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], max_rows: int | None) -> RowSample:
+        """Return a sample that grows on its own; with a smaller `max_rows` than before it keeps fewer rows."""
+        sample = cls(max_rows, state["seed"])
+        sample.n_seen, sample._limit = state["n_seen"], state["limit"]
+        n = len(state["rows"])
+        labels = np.full(n, None, object) if state["labels"] is None else np.array(state["labels"], object)
+        sample._parts = [_Part(state["rows"], state["numbers"], state["places"], labels)]
+        return sample
 
     @property
     def rows(self) -> NDArray[np.floating]:
         """The kept rows (m, n_features), in the order of the stream."""
         return self._kept().rows
-
-    @property
-    def rows_nbytes(self) -> int:
-        """The bytes of the kept rows."""
-        return self._kept().rows.nbytes if self._parts else 0
 
     @property
     def places(self) -> NDArray[np.int64]:

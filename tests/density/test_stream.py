@@ -1,7 +1,5 @@
 """The laws of a sample of a stream."""
 
-import copy
-
 import numpy as np
 import pytest
 from scipy.stats import chi2
@@ -95,10 +93,22 @@ def test_another_seed_is_another_sample():
     assert not np.array_equal(sample_of([], seed=1).places, sample_of([], seed=2).places)
 
 
-def test_a_copy_grows_on_its_own():
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_a_sample_from_a_state_goes_on(labels):
+    half = None if labels is None else labels[:250]
+    sample = RowSample(100, 3)
+    sample.add(ROWS[:250], half)
+    sample = RowSample.from_state(sample.state(), 100)
+    sample.add(ROWS[250:], None if labels is None else labels[250:])
+    whole = sample_of([], labels)
+    np.testing.assert_array_equal(sample.rows, whole.rows)
+    assert sample.labels == whole.labels
+
+
+def test_a_sample_from_a_state_grows_on_its_own():
     sample = sample_of([])
     before = sample.places.copy()
-    twin = copy.copy(sample)
+    twin = RowSample.from_state(sample.state(), 100)
     twin.add(ROWS)
     np.testing.assert_array_equal(sample.places, before)
     assert (sample.n_seen, twin.n_seen) == (500, 1000)
