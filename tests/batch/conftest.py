@@ -10,6 +10,15 @@ from dfkde_sklearn import DFKDEDetector, ScatteringFeatures
 from dfkde_sklearn.datasets import make_textures
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Restore the variables that Dask and Ray set for the processes that they start, such as MKL_NUM_THREADS."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_and_on_single_cores():
     """Workers inherit it: no reports of use over the network, and no threads that wait for each other."""
