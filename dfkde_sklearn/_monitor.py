@@ -407,7 +407,7 @@ class DriftMonitor:
         self._recent.extend(recent.tolist())
         self._bets = _Bets.of_state(state["bets"])
         if (self._bets.starts < 0).any() or (self._bets.starts > state["n_seen"]).any():
-            raise ValueError("its bets begin with parts that it has not seen")
+            raise ValueError("its bets begin after its last part")
         self.n_seen_, self._first_alarm, self.since_ = state["n_seen"], state["alarm"], state["since"]
         self.history_ = [(int(of_update[0]), *of_update[1:]) for of_update in history]  # type: ignore[misc]
 
