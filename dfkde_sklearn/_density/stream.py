@@ -136,7 +136,7 @@ class RowSample:
         (part,) = self._parts
         if self.max_rows is not None and len(part.rows) > self.max_rows:
             # Strictly below, so that of rows with one label, and so with one number, none is kept without the others.
-            self._limit = float(np.partition(part.numbers, self.max_rows)[self.max_rows])
+            self._limit = _limit(part.numbers, self.max_rows)
             self._parts = [part.take(part.numbers < self._limit)]
         return self._parts[0]
 
@@ -144,7 +144,12 @@ class RowSample:
 def sampled_places(n: int, max_rows: int, seed: int) -> NDArray[np.int64]:
     """Return the places, increasing, that a `RowSample` keeps of `n` rows without labels, more than `max_rows`."""
     numbers = _numbers(seed, 0, n)
-    return np.flatnonzero(numbers < np.partition(numbers, max_rows)[max_rows])
+    return np.flatnonzero(numbers < _limit(numbers, max_rows))
+
+
+def _limit(numbers: NDArray[np.float64], max_rows: int) -> float:
+    """Return the number below which rows are kept, at most `max_rows` of more."""
+    return float(np.partition(numbers, max_rows)[max_rows])
 
 
 def _numbers(seed: int, start: int, n: int) -> NDArray[np.float64]:
