@@ -60,6 +60,9 @@ SETTLED = 2.0
 # A user's picture may be in a list twice, and PIL reads its file at the first access.
 _READING = Lock()
 
+# From the width and height of a picture to the number by which both may be divided at most.
+Reduction = Callable[[int, int], float]
+
 ACCEPTED = (
     "Allowed: a list, 1-D array, iterable, or pandas, polars or Arrow column of paths, PIL images, arrays, tensors or"
     " encoded images (bytes); an array or tensor (n, H, W), (n, H, W, C) or (n, C, H, W); a folder or a pattern."
@@ -97,12 +100,19 @@ class Images(Sequence[Image.Image]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
+        """Return the picture at `index`, as `picture` does."""
+        return self.picture(index)
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         """Return the picture at `index`.
 
         Parameters
         ----------
         index : int
             Position of the image; negative ones count from the end.
+        reduction : callable or None, default=None
+            From the width and height of a picture to the number by which both may be divided. The decoder of JPEG then
+            does so, which is faster, by 2, 4 or 8 where that divides both without a rest.
 
         Returns
         -------
@@ -126,7 +136,7 @@ class Images(Sequence[Image.Image]):
                 with _READING:
                     samples, white = _shown(item)
             else:
-                samples, white = _read_file(item)
+                samples, white = _read_file(item, reduction)
             if isinstance(samples, Image.Image):
                 return _as_rgb(samples)
         except FileNotFoundError as error:
@@ -266,10 +276,8 @@ class Images(Sequence[Image.Image]):
         if isinstance(item, str | os.PathLike | bytes):
             try:
                 with _opened(item) as picture:
-                    # Orientations from 5 on lie on their side.
-                    turned = picture.getexif().get(_ORIENTATION, 1) >= _FIRST_ON_ITS_SIDE
                     width, height = picture.size
-                    return (width, height) if turned else (height, width)
+                    return (width, height) if _lies_on_its_side(picture) else (height, width)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self.name(index)}: {_missing(item)}") from error
             except Exception as error:  # as in __getitem__
@@ -530,6 +538,7 @@ def image_batches(
     transform: Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     *,
+    reduction: Reduction | None = None,
     verbose: bool = False,
     description: str = "",
 ) -> Iterator[torch.Tensor]:
@@ -545,6 +554,8 @@ def image_batches(
         From a picture to a tensor, of the same shape for all.
     batch_size : int
         Number of images in a batch; the last one may be smaller.
+    reduction : callable or None, default=None
+        By how much the decoder of JPEG may divide pictures, as in `Images.picture`.
     verbose : bool, default=False
         Whether to show a progress bar.
     description : str, default=""
@@ -563,7 +574,7 @@ def image_batches(
     from tqdm import tqdm
 
     def tensor_at(index: int) -> torch.Tensor:
-        picture = images[index]
+        picture = images.picture(index, reduction)
         try:
             return transform(picture)
         except Exception as error:
@@ -756,7 +767,9 @@ class _NotAnImageError(ValueError):
     """A fault of a file, in words that need no introduction."""
 
 
-def _read_file(source: str | os.PathLike[str] | bytes) -> tuple[Image.Image | np.ndarray, int]:
+def _read_file(
+    source: str | os.PathLike[str] | bytes, reduction: Reduction | None = None
+) -> tuple[Image.Image | np.ndarray, int]:
     """Return the picture in a file, or its samples if they have more than 8 bits, and the integer that is white."""
     if isinstance(source, bytes):
         size = len(source)
@@ -772,7 +785,20 @@ def _read_file(source: str | os.PathLike[str] | bytes) -> tuple[Image.Image | np
         _check_planes(picture)
         if _rawmode(picture) in _OTHER_BYTES:
             return _wide_colour(source), FULL_RANGE
+        if reduction is not None:
+            _divide(picture, reduction)
         return _shown(picture, in_place=True)
+
+
+def _divide(picture: ImageFile.ImageFile, reduction: Reduction) -> None:
+    """Have the decoder of JPEG divide a picture; it does nothing to other formats."""
+    width, height = picture.size
+    most = reduction(height, width) if _lies_on_its_side(picture) else reduction(width, height)
+    for divisor in (8, 4, 2):
+        # With a rest, the last pixels would be of another size than the others.
+        if divisor <= most and width % divisor == height % divisor == 0:
+            picture.draft(None, (width // divisor, height // divisor))
+            return
 
 
 def _shown(picture: Image.Image, *, in_place: bool = False) -> tuple[Image.Image | np.ndarray, int]:
@@ -813,6 +839,10 @@ def _opened(source: str | os.PathLike[str] | bytes) -> ImageFile.ImageFile:
             f"{picture.width} x {picture.height} pixels, over Pillow's limit of {Image.MAX_IMAGE_PIXELS}."
         )
     return picture
+
+
+def _lies_on_its_side(picture: Image.Image) -> bool:
+    return picture.getexif().get(_ORIENTATION, 1) >= _FIRST_ON_ITS_SIDE
 
 
 def _turned(picture: Image.Image, *, in_place: bool) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from dfkde_sklearn._images import Images
+from dfkde_sklearn._images import Images, Reduction
 
 # Shares of the image's area, and the ratio of the sides of a patch.
 _AREAS, _RATIO = (0.002, 0.02), 3.3
@@ -34,8 +34,8 @@ class WithPastedPieces(Images):
     def __len__(self) -> int:
         return 2 * len(self._images)
 
-    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
-        """Return the picture at `index`."""
+    def picture(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """Return the picture at `index`, undivided."""
         n = len(self._images)
         picture = self._images[index % n]
         return picture if index < n else with_pasted_piece(picture, np.random.default_rng((self._seed, index - n)))

@@ -372,6 +372,7 @@ def _fit_command(options: argparse.Namespace, best: Candidate) -> str:
         ("weights", None),
         ("image_size", None),
         ("crop", None),
+        ("reducing_gap", None),
         ("white_level", None),
         ("groups", None),
     ):

@@ -46,6 +46,14 @@ def add_features_arguments(group: Any) -> None:
         "squash)",
     )
     group.add_argument(
+        "--reducing-gap",
+        type=float,
+        metavar="FACTOR",
+        help="divide large images by an integer before they are resized, and leave them at least this many times as "
+        "large; JPEG files of a camera are then read in a fraction of the time, and grey levels change by a few of 255 "
+        "at most (2 is a good value; default: off)",
+    )
+    group.add_argument(
         "--white-level",
         type=int,
         metavar="VALUE",
@@ -59,9 +67,9 @@ def feature_extractor(
     """Return the extractor of the arguments, not fitted; layers of None are the default ones."""
     from dfkde_sklearn import ScatteringFeatures, TimmFeatures
 
-    parameters = given(options, "weights", "crop", "image_size", "white_level", "batch_size", "cache", "device") | {
-        name: value for name, value in (("layers", layers), ("tile_size", tile_size)) if value is not None
-    }
+    parameters = given(
+        options, "weights", "crop", "image_size", "reducing_gap", "white_level", "batch_size", "cache", "device"
+    ) | {name: value for name, value in (("layers", layers), ("tile_size", tile_size)) if value is not None}
     parameters["verbose"] = shows_progress(options)
     if options.detector == POSITIONS:
         parameters["pooling"] = None
@@ -70,7 +78,7 @@ def feature_extractor(
             # The model may be used from another folder.
             parameters["weights"] = os.path.realpath(parameters["weights"])
         return TimmFeatures(options.features, **parameters)
-    for name in ("layers", "weights", "crop", "tile_size"):
+    for name in ("layers", "weights", "crop", "reducing_gap", "tile_size"):
         if name in parameters:
             raise ValueError(f"--{name.replace('_', '-')} is for a backbone; --features scattering has none.")
     return ScatteringFeatures(**parameters)

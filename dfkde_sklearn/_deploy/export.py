@@ -272,4 +272,7 @@ def _batches(model: Exportable, image_shape: tuple[int, int] | None, X: Any) -> 
         return torch.from_numpy(np.array(picture))
 
     images = as_images(X, extractor.white_level)
-    yield from image_batches(images, pixels if image_shape else extractor.image_transform(), _CHECKED_ROWS)
+    if image_shape:
+        yield from image_batches(images, pixels, _CHECKED_ROWS)
+    else:
+        yield from extractor.batches(images, _CHECKED_ROWS)

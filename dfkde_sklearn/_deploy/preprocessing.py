@@ -40,6 +40,11 @@ class Preprocessing(nn.Module):
         height, width = image_shape
         if min(image_shape) < 1:
             raise ValueError(f"image_shape={image_shape}. Allowed: (height, width) in pixels.")
+        if extractor.reducing_gap is not None:
+            raise ValueError(
+                f"image_shape={image_shape} and reducing_gap={extractor.reducing_gap}: an exported file resizes images "
+                f"from all pixels. {_OUTSIDE}"
+            )
         if extractor.crop_mode_ == "border":
             raise ValueError(
                 f"image_shape={image_shape}: crop='border' pads its images, and padding is not exported. {_OUTSIDE}"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dfkde_sklearn._features.cache_stores import FILE_NAME, MEMORY, CacheSize, FolderStore, Row, Store
-from dfkde_sklearn._images import Images
+from dfkde_sklearn._images import Images, Reduction
 
 Cache = bool | str | os.PathLike[str] | None
 # From images and the positions of blocks to batches of rows, in the order of the images.
@@ -281,8 +281,8 @@ class _Chosen(Images):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
-        return self._images[self._indices[index]]
+    def picture(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        return self._images.picture(self._indices[index], reduction)
 
     def name(self, index: int) -> str:
         return self._images.name(self._indices[index])

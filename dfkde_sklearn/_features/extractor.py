@@ -27,7 +27,7 @@ from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import Check, as_json, checked_parameters, is_integer_from, is_tuple_of, set_fitted
 from dfkde_sklearn._features.cache import Cache, check_cache, feature_matrix, numerics
 from dfkde_sklearn._features.modules import FeatureModule
-from dfkde_sklearn._images import FULL_RANGE, Images, as_images, image_batches
+from dfkde_sklearn._images import FULL_RANGE, Images, Reduction, as_images, image_batches
 from dfkde_sklearn._inputs import STREAMED, is_stream, stream_items
 
 # Pixels on a side of what an extractor resizes images to: more would not fit into memory, and a file may ask for more.
@@ -399,8 +399,23 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
             of_all["flipped_axes"] = self._flipped_axes
         return [json.dumps(of_all | recipe, default=str) for recipe in self._block_recipes(fingerprint)]
 
-    def _batches(self, images: Images, description: str) -> Iterator[Tensor]:
-        """Yield the images as the module takes them, batch by batch, with a progress bar if `verbose`."""
+    def batches(self, images: Images, batch_size: int, description: str = "") -> Iterator[Tensor]:
+        """Yield the images as the module takes them, batch by batch, read ahead in threads.
+
+        Parameters
+        ----------
+        images : Images
+            The pictures.
+        batch_size : int
+            Number of images in a batch; the last one may be smaller.
+        description : str, default=""
+            Label of the progress bar that is shown with `verbose`.
+
+        Returns
+        -------
+        iterator of Tensor of shape (n, ...), float32
+            As `image_transform` returns them, of each axis that is flipped the reverse.
+        """
         transform = self.image_transform()
         dims = [axis - 2 for axis in self._flipped_axes]  # of a tensor, whose last axes are height and width
 
@@ -410,10 +425,15 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         return image_batches(
             images,
             flipped if dims else transform,
-            self.batch_size,
+            batch_size,
+            reduction=self._reduction(),
             verbose=bool(self.verbose),
             description=description,
         )
+
+    def _reduction(self) -> Reduction | None:
+        """Return by how much the decoder of JPEG may divide pictures; None where it may not."""
+        return None
 
     def _at_positions(self, names: list[str]) -> NDArray[np.object_]:
         """Return the names of the channels, at every position if there are any."""

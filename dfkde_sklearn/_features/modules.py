@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfkde_sklearn._features.backbones import weights_hash
 from dfkde_sklearn._features.layers import embedding
-from dfkde_sklearn._images import as_images, image_batches
+from dfkde_sklearn._images import as_images
 
 if TYPE_CHECKING:
     from dfkde_sklearn._features.extractor import FeatureExtractor
@@ -38,7 +38,7 @@ class FeatureModule(nn.Module):
     def read_images(self, images: Any) -> Tensor:
         """Return images as `forward` takes them."""
         pictures = as_images(images, self.extractor.white_level)
-        return torch.cat(list(image_batches(pictures, self.extractor.image_transform(), len(pictures))))
+        return torch.cat(list(self.extractor.batches(pictures, len(pictures))))
 
 
 class NetworkModule(FeatureModule):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil, floor, prod
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -35,7 +35,7 @@ from dfkde_sklearn._features.layers import (
 )
 from dfkde_sklearn._features.modules import NetworkModule
 from dfkde_sklearn._features.tiles import Tiling, tiling
-from dfkde_sklearn._images import FULL_RANGE, Images, as_images
+from dfkde_sklearn._images import FULL_RANGE, Images, Reduction, as_images
 from dfkde_sklearn._threads import mapped_on_single_cores, n_single_cores
 
 CROPS = ("squash", "center", "border")
@@ -90,6 +90,11 @@ class TimmFeatures(FeatureExtractor):
         defects that are small in a large image. Only with ``pooling=None``: the positions of all tiles become one grid.
         Neighbours share a quarter of a tile at least; where they overlap, vectors are averaged, with weights that fall
         towards the borders of a tile. None is the image as a whole.
+    reducing_gap : float or None, default=None
+        From 1 on: large images are first divided by an integer that leaves them at least this many times as large as
+        they are resized to. The decoder of JPEG does that itself, by 2, 4 or 8 where that divides width and height.
+        Images of a camera then take a fraction of the time to read, and some grey levels change by a few of 255: see
+        Notes. None resizes from all pixels.
     white_level : int, default=65535
         The 16-bit value that becomes white, as do all above it: 4095 for files that hold the 12 bits of a camera,
         1023 for 10 bits. Other samples are not affected. ``fit_transform``, and so the ``fit`` of a detector, warns
@@ -156,6 +161,10 @@ class TimmFeatures(FeatureExtractor):
     The default of `crop` differs from timm, which cuts out the centre: a defect at the edge of an image is then outside
     of what the network sees. On photographs of magnetic tiles (MobileNetV2, layer ``blocks.4``) the AUROC was lower by
     0.06 with "center" and by 0.10 with "border": see :ref:`the table in the guide <whole-images>`.
+
+    `reducing_gap` is that of Pillow's ``thumbnail``, with the "draft mode" of JPEG. Pixels of JPEG files then differ
+    from those of the same image in another format, or in an array. How much time it saves, and how little it changes:
+    :ref:`the guide <large-images>`.
 
     Named backbones are shared in memory, and a pickle contains only their name. They are loaded again where
     they are needed; weights that differ from those of ``fit`` are an error. A module goes into the pickle itself.
@@ -233,6 +242,7 @@ class TimmFeatures(FeatureExtractor):
         "weights": [str, os.PathLike, None],
         "image_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
         "tile_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
+        "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
         "random_state": ["random_state"],
     }
 
@@ -247,6 +257,7 @@ class TimmFeatures(FeatureExtractor):
         weights: str | os.PathLike[str] | None = None,
         image_size: int | tuple[int, int] | None = None,
         tile_size: int | tuple[int, int] | None = None,
+        reducing_gap: float | None = None,
         white_level: int = FULL_RANGE,
         batch_size: int = 32,
         cache: bool | str | os.PathLike[str] | None = None,
@@ -263,6 +274,7 @@ class TimmFeatures(FeatureExtractor):
         self.weights = weights
         self.image_size = image_size
         self.tile_size = tile_size
+        self.reducing_gap = reducing_gap
         self.white_level = white_level
         self.batch_size = batch_size
         self.cache = cache
@@ -317,6 +329,12 @@ class TimmFeatures(FeatureExtractor):
             A PIL image to a float32 tensor (3, H, W).
         """
         return image_transform(self)
+
+    def _reduction(self) -> Reduction | None:
+        if self.reducing_gap is None:
+            return None
+        height, width = (self.reducing_gap * side / self.crop_pct_ for side in self.input_size_)
+        return lambda picture_width, picture_height: min(picture_width / width, picture_height / height)
 
     def check_weights(self, *, download: bool) -> None:
         """Load the backbone, and check that it has the layers and the weights of ``fit``.
@@ -488,7 +506,7 @@ class TimmFeatures(FeatureExtractor):
 
     def _computed(self, images: Images, blocks: list[int]) -> Generator[NDArray[np.float32], None, None]:
         start = 0
-        batches = self._batches(images, self.backbone_name_)
+        batches = self.batches(images, self.batch_size, self.backbone_name_)
         with self._fitted_backbone() as backbone:
             network = backbone.for_layers(self.layers_, self.tile_size_ or self.input_size_, self.backbone_name_)
             for batch in batches:
@@ -516,7 +534,7 @@ class TimmFeatures(FeatureExtractor):
             "tile_size": self.tile_size_,
             "mean": self.mean_,
             "std": self.std_,
-            "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_],
+            "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_, self.reducing_gap],
         }
         layers = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
         recipes = [of_all | {"layer": name, "format": axes, "prefix_tokens": n} for name, axes, n in layers]
@@ -641,7 +659,7 @@ def described_together(extractors: Sequence[TimmFeatures], X: Any) -> list[NDArr
     start = 0
     with first._fitted_backbone() as backbone:
         network = backbone.for_layers(layers, first.input_size_, first.backbone_name_)
-        for batch in first._batches(images, first.backbone_name_):
+        for batch in first.batches(images, first.batch_size, first.backbone_name_):
             for part in batch.split(micro_batch_size(network, batch, activation_bytes)):
                 parts: dict[tuple[int, str], Tensor] = {}
                 seen: set[str] = set()
@@ -674,15 +692,20 @@ def image_transform(extractor: TimmFeatures) -> Callable[[Image.Image], Tensor]:
     resize, *others = transform.transforms
     height, width = extractor.input_size_
     resample = Image.Resampling[extractor.interpolation_.upper()]
+    gap = extractor.reducing_gap
 
     def transformed(picture: Image.Image) -> Tensor:
         new_height, new_width = _resized(picture, resize)
         if min(new_height, new_width) > 0 and max(new_height, new_width) <= _ELONGATED * max(height, width):
-            return transform(picture)
+            if gap is None:
+                return transform(picture)
+            return after_resize(picture.resize((new_width, new_height), resample, reducing_gap=gap))
         left, right, x, columns = _source(picture.width, max(1, new_width), width)
         top, bottom, y, rows = _source(picture.height, max(1, new_height), height)
         box = (x[0] - left, y[0] - top, x[1] - left, y[1] - top)
-        part: Any = picture.crop((left, top, right, bottom)).resize((columns, rows), resample, box=box)
+        return after_resize(picture.crop((left, top, right, bottom)).resize((columns, rows), resample, box=box))
+
+    def after_resize(part: Any) -> Tensor:
         for other in others:
             part = other(part)
         return part

@@ -221,7 +221,7 @@ class ScatteringFeatures(FeatureExtractor):
 
     def _computed(self, images: Images, blocks: list[int]) -> Generator[NDArray[np.float32], None, None]:
         device = as_device(self.device)
-        for batch in self._batches(images, "scattering"):
+        for batch in self.batches(images, self.batch_size, "scattering"):
             with torch.inference_mode():
                 rows = self._rows(batch.to(device)).flatten(1)
             yield rows.cpu().numpy()

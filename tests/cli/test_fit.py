@@ -87,6 +87,12 @@ def test_the_crop_of_the_backbone_can_be_chosen(crop, textures, weights, tmp_pat
     assert features.crop == features.crop_mode_ == (crop or TimmFeatures().crop)
 
 
+def test_large_images_can_be_divided_before_they_are_resized(textures, weights, tmp_path):
+    arguments = ("--features", "test_resnet", "--weights", weights, "--model", tmp_path / "model")
+    assert run("fit", textures / "train" / "good", *arguments, "--image-size", "32", "--reducing-gap", "1.5") == 0
+    assert PatchDFKDEDetector.load(tmp_path / "model").features_.reducing_gap == 1.5
+
+
 def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
     good, model = textures / "train" / "good", tmp_path / "model"
     assert run("fit", good, "--features", "test_resnet", "--weights", weights, "--model", model) == 0

@@ -373,6 +373,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path, detector):
     bordered = DFKDEDetector.original(extractor(crop="border"), n_components=3).fit(pictures(10))
     with pytest.raises(ValueError, match="crop='border' pads its images"):
         bordered.to_pt2(tmp_path / "model.pt2", image_shape=(70, 60))
+    dividing = DFKDEDetector.original(extractor(reducing_gap=2), n_components=3).fit(pictures(10))
+    with pytest.raises(ValueError, match="reducing_gap=2: an exported file resizes images from all pixels"):
+        dividing.to_pt2(tmp_path / "model.pt2", image_shape=(70, 60))
     with pytest.raises(ValueError, match=r"image_shape=\(0, 60\)"):
         detector.to_pt2(tmp_path / "model.pt2", image_shape=(0, 60))
     assert list(tmp_path.iterdir()) == []

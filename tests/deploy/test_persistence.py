@@ -122,7 +122,9 @@ def test_names_of_columns_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "extractor",
     [
-        lambda: tiny(layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48), white_level=4095),
+        lambda: tiny(
+            layers=["layer1", "layer3"], pooling="gem", image_size=(64, 48), white_level=4095, reducing_gap=1.5
+        ),
         lambda: tiny(layers=["layer1"], crop="center"),
         lambda: tiny(layers=["layer1"], crop="border"),
         lambda: ScatteringFeatures(scales=2, orientations=4, image_size=32, white_level=4095),

@@ -482,7 +482,14 @@ def test_a_network_has_the_same_fingerprint_in_every_process():
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"pooling": "max"}, {"pooling": "gem"}, {"image_size": 12}, {"image_size": (16, 12)}, {"white_level": 100}],
+    [
+        {"pooling": "max"},
+        {"pooling": "gem"},
+        {"image_size": 12},
+        {"image_size": (16, 12)},
+        {"white_level": 100},
+        {"reducing_gap": 2},
+    ],
     ids=str,
 )
 def test_other_parameters_miss(cache, paths, parameters):

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
@@ -32,6 +32,7 @@ from torch import nn
 
 from dfkde_sklearn._features import backbones
 from dfkde_sklearn._features.network import TimmFeatures
+from dfkde_sklearn._images import as_images
 
 REAL_WEIGHTS = Path(__file__).parents[3] / "shared" / "weights" / "mobilenetv2_100_same.safetensors"
 
@@ -195,6 +196,104 @@ def test_an_image_of_few_bytes_takes_little_memory(crop, shape):
         patch.setattr(Image.Image, "resize", noted)
         assert read(Image.new("RGB", shape[::-1], "white")).shape == (3, 224, 224)
     assert max(sizes) <= 16 * 256**2
+
+
+# Large images
+
+
+@pytest.fixture
+def photograph():
+    """Smooth, of 900 x 700 pixels."""
+    y, x = np.mgrid[:700, :900]
+    levels = 128 + 60 * np.sin(x / 40) + 50 * np.cos(y / 25 + x / 90)
+    return Image.fromarray(np.stack([levels, levels[::-1], levels[:, ::-1]], -1).astype(np.uint8))
+
+
+def encoded(picture, form, **settings):
+    file = io.BytesIO()
+    picture.save(file, form, **settings)
+    return file.getvalue()
+
+
+def input_of(picture, **parameters):
+    """Return what a network of 100 x 80 pixels gets of a picture."""
+    features = tiny(Input(input_size=(3, 80, 100)), **parameters).fit(np.zeros((1, 9, 9), np.uint8))
+    (rows,) = features.transform([picture])
+    return rows
+
+
+@pytest.mark.parametrize("size", [(800, 640), (907, 641)])
+@pytest.mark.parametrize("gap", [1, 2, 4])
+def test_large_images_are_resized_by_way_of_an_integer_fraction(photograph, gap, size):
+    picture = photograph.resize(size)
+    expected = picture.resize((100, 80), Image.Resampling.BICUBIC, reducing_gap=gap)
+    for image in (picture, encoded(picture, "PNG"), np.asarray(picture).astype(np.uint16) * 257):
+        np.testing.assert_array_equal(input_of(image, reducing_gap=gap), input_of(expected))
+
+
+@pytest.mark.parametrize(("gap", "divisor"), [(1, 8), (1.1, 4), (2, 4), (3, 2), (4.1, 1)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_decoder_of_jpeg_divides_by_itself(photograph, gap, divisor, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = photograph.resize((800, 640))
+    data = encoded(upright if orientation == 1 else upright.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.draft(None, (picture.width // divisor, picture.height // divisor))
+        decoded = np.asarray(ImageOps.exif_transpose(picture))
+    assert decoded.shape[:2] == (640 // divisor, 800 // divisor)
+    np.testing.assert_array_equal(input_of(data, reducing_gap=gap), input_of(decoded, reducing_gap=gap))
+
+
+def test_jpeg_is_divided_only_where_no_rest_is_left(photograph):
+    for size, divisor in {(800, 640): 8, (804, 640): 4, (800, 642): 2, (801, 640): 1}.items():
+        data = encoded(photograph.resize(size), "JPEG")
+        read = as_images([data]).picture(0, lambda *_: 8.0)
+        assert read.size == (size[0] // divisor, size[1] // divisor)
+        assert as_images([data])[0].size == size
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("crop", ["squash", "center", "border"])
+@pytest.mark.parametrize("size", [(800, 640), (907, 641)])
+def test_what_a_reduced_image_shows_is_the_same_to_a_few_grey_levels(photograph, form, crop, size):
+    data = encoded(photograph.resize(size), form)
+    grey_level = 1 / 255 / 0.224
+    expected = input_of(data, crop=crop)
+    differences = [np.abs(input_of(data, crop=crop, reducing_gap=gap) - expected).max() / grey_level for gap in (1, 2)]
+    assert 0 < differences[0] < 6
+    assert differences[1] < 3
+
+
+def test_a_module_reads_reduced_images_as_its_extractor_does(photograph):
+    features = tiny(image_size=80, reducing_gap=2).fit(np.zeros((1, 9, 9), np.uint8))
+    data = [encoded(photograph.resize((800, 640)), "JPEG")]
+    module = features.as_module()
+    rows = module(module.read_images(data)).numpy()
+    np.testing.assert_allclose(rows, features.transform(data), rtol=1e-5, atol=1e-6)
+    assert np.abs(rows - tiny(image_size=80).fit_transform(data)).max() > 1e-5
+
+
+@pytest.mark.parametrize("crop", ["squash", "center", "border"])
+@pytest.mark.parametrize("size", [(30, 30), (199, 159)])
+def test_images_that_are_not_large_are_as_before(size, crop):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    for image in (picture, encoded(picture, "JPEG")):
+        expected = input_of(image, crop=crop)
+        np.testing.assert_array_equal(input_of(image, crop=crop, reducing_gap=1), expected)
+
+
+@pytest.mark.parametrize("crop", ["squash", "center", "border"])
+@pytest.mark.parametrize("size", [(8, 4000), (4000, 8), (60_000, 1)])
+def test_thin_images_are_seen_as_without_a_gap(size, crop):
+    data = encoded(Image.new("RGB", size, "orange"), "JPEG")
+    expected = input_of(data, crop=crop)
+    np.testing.assert_allclose(input_of(data, crop=crop, reducing_gap=1), expected, atol=1.01 / 255 / 0.224)
+
+
+def test_a_reducing_gap_below_one_is_refused(photograph):
+    with pytest.raises(ValueError, match="'reducing_gap' parameter"):
+        input_of(photograph, reducing_gap=0.5)
 
 
 def test_16_bit_images_have_the_features_of_8_bit_ones_given_the_white_level(images):
