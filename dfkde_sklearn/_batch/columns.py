@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfkde_sklearn._images import as_images
 
+T = TypeVar("T")
 # The columns that `dfkde score` writes too, after the path.
 _NUMBERS = ("score", "p_anomalous", "p_value")
 COLUMNS = (*_NUMBERS, "verdict", "reason")
+
+
+def of_readable(answer: Callable[[Any], T], images: Any, skip_broken: bool) -> tuple[T | None, dict[int, str]]:
+    """Return what a function answers for the images that can be read, and the positions of the others with the reason.
+
+    The answer is None where none can be read. Without `skip_broken`, an image that cannot be read is an error.
+    """
+    try:
+        return answer(images), {}
+    except (ValueError, OSError):
+        # Few batches have a broken image: only where something is wrong are images read one by one.
+        broken = as_images(images).unreadable() if skip_broken else {}
+        if not broken:
+            raise
+    readable = [i for i in range(len(images)) if i not in broken]
+    return answer(as_images(images).items(readable)) if readable else None, broken
 
 
 def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = True) -> dict[str, NDArray[Any]]:
@@ -43,19 +61,8 @@ def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = T
     n = len(images)
     columns: dict[str, NDArray[Any]] = {name: np.full(n, np.nan) for name in _NUMBERS}
     verdict, reason = ["broken"] * n, [""] * n
-    broken: dict[int, str] = {}
-    assessment = None
-    if n:
-        try:
-            assessment = detector.assess(images)
-        except (ValueError, OSError):
-            # Few batches have a broken image: only where something is wrong are images read one by one.
-            broken = as_images(images).unreadable() if skip_broken else {}
-            if not broken:
-                raise
+    assessment, broken = of_readable(detector.assess, images, skip_broken) if n else (None, {})
     readable = [i for i in range(n) if i not in broken]
-    if broken and readable:
-        assessment = detector.assess(as_images(images).items(readable))
     if assessment is not None:
         answers = (assessment.log_density, assessment.p_anomalous, assessment.p_value)
         for name, values in zip(_NUMBERS, answers, strict=True):

@@ -322,30 +322,17 @@ def _assess(
     Those are skipped if that is asked for, else an error. The maps are on the grid, and None of a pooled detector.
     """
     from dfkde_sklearn import PatchDFKDEDetector
+    from dfkde_sklearn._batch.columns import of_readable
 
     def answers(images: list[str]) -> tuple[Assessment, Any]:
         if isinstance(detector, PatchDFKDEDetector):
             return detector.assess_with_maps(images, resolution="grid")
         return detector.assess(images), None
 
-    try:
-        return *answers(paths), {}
-    except (ValueError, OSError):
-        # Most folders have no broken image: only where something is wrong is there a second pass.
-        broken = _broken(paths) if skip_broken else {}
-        if not broken:
-            raise
-    readable = [path for path in paths if path not in broken]
-    if not readable:
+    found, broken = of_readable(answers, paths, skip_broken)
+    if found is None:
         raise ValueError(f"None of the {len(paths)} images can be read. {next(iter(broken.values()))}")
-    return *answers(readable), broken
-
-
-def _broken(paths: list[str]) -> dict[str, str]:
-    """Return the images that cannot be read, each with the reason."""
-    from dfkde_sklearn._images import as_images
-
-    return {paths[i]: reason for i, reason in as_images(paths).unreadable().items()}
+    return *found, {paths[i]: reason for i, reason in broken.items()}
 
 
 def _written(outputs: list[tuple[Path, Callable[[], bytes]]], options: argparse.Namespace) -> bool:
