@@ -96,8 +96,9 @@ def span(X: Tensor, working_memory: int) -> Span:
     """
     n, n_features = X.shape
     largest = max(abs(float(x)) for x in X.aminmax())  # without a copy
-    # The exponent of the largest entry: scaled, entries lie in [-1, 1].
-    scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+    # The exponent of the largest entry: scaled, entries lie in [-1, 1]; in [-4, 4] near the largest floats, as numbers
+    # below 2**-1022 may count as zero.
+    scale = 2.0 ** -min(math.frexp(largest)[1], 1022) if largest > 0 else 1.0
     # The spectral norm of a matrix of independent rounding errors.
     noise = torch.finfo(X.dtype).eps * (math.sqrt(n) + math.sqrt(n_features)) * largest * scale
     mean = torch.zeros(n_features, dtype=torch.float64, device=X.device)
