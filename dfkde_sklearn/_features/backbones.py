@@ -260,6 +260,7 @@ def _created(
 ) -> nn.Module:
     import timm
 
+    full_name(name)  # raises where this timm has no such model: a saved file may be of another
     options: dict[str, Any] = {"num_classes": 0}
     if size and _takes_one_size(name):
         options["img_size"] = size
