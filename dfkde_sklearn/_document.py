@@ -13,6 +13,8 @@ import numpy as np
 
 # JSON has lists only.
 _TUPLE = "tuple"
+# Every JSON reader keeps integers below.
+_INTEGERS = 2**53
 
 Check = Callable[[Any], bool]
 
@@ -34,7 +36,7 @@ def is_positive(value: Any) -> bool:
 
 def is_integer_from(minimum: int) -> Check:
     """Return a check for integers of at least `minimum` that every JSON reader keeps."""
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**53
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and minimum <= value < _INTEGERS
 
 
 def is_one_of(*allowed: Any) -> Check:
@@ -117,11 +119,14 @@ def checked_parameters(given: Any, kind: type, excluded: tuple[str, ...]) -> dic
     Raises
     ------
     ValueError
-        If there is one that the constructor does not take, or that is excluded.
+        If there is one that the constructor does not take, that is excluded, or that is too large an integer.
     """
     unknown = dict(given).keys() - (inspect.signature(kind).parameters.keys() - set(excluded))
     if unknown:
         raise ValueError(f"{kind.__name__} takes no {', '.join(sorted(map(str, unknown)))} from a file")
+    for name, value in given.items():
+        if isinstance(value, int) and abs(value) >= _INTEGERS:
+            raise ValueError(f"{name} of {kind.__name__} is an integer of {value.bit_length()} bits, which cannot be")
     return dict(given)
 
 

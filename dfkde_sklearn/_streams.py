@@ -84,8 +84,8 @@ class StreamsMixin:
         ------
         ValueError
             If `fit` kept no rows, as they take more than 64 MiB or are of groups that were drawn; if the detector was
-            read from a file of `save`, which holds none; if `groups` are given in some calls only; or as `fit`. The
-            detector is then as it was.
+            read from a file that was saved without ``training_rows=True``; if `groups` are given in some calls only; or
+            as `fit`. The detector is then as it was.
         TypeError
             As `fit`.
 
@@ -102,8 +102,8 @@ class StreamsMixin:
         if kept is None and hasattr(self, "calibration_scores_"):
             raise ValueError(
                 f"This {type(self).__name__} has no training rows to add to: fit keeps up to 64 MiB of them, and none "
-                "where it drew groups, and a file of save holds none. Give all data to partial_fit, from the first on, "
-                "and keep the detector by joblib; clone(detector) is a new one. To move the threshold alone, use "
+                "where it drew groups, and a file holds them if it is saved with training_rows=True. Give all data to "
+                "partial_fit, from the first on; clone(detector) is a new detector. To move the threshold alone, use "
                 "recalibrate."
             )
         n_added = 0 if kept is None else len(self.calibration_scores_) - kept["n_seen"]

@@ -60,6 +60,11 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="the file for the detector (default: %(default)s)",
     )
+    command.add_argument(
+        "--training-rows",
+        action="store_true",
+        help="keep the features of the training images in the file, up to 64 MiB: dfkde update adds new ones",
+    )
     group = command.add_argument_group("the feature extractor")
     add_features_arguments(group)
     group.add_argument(
@@ -122,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     say(options, f"Fitting a detector to {source}")
     with weights_advice(WEIGHTS_ADVICE):
         detector.fit(train, groups=groups)
-    save_detector(detector, options.model, options.force)
+    save_detector(detector, options.model, options.force, training_rows=options.training_rows)
 
     print_facts(
         {

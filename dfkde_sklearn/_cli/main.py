@@ -16,7 +16,20 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from dfkde_sklearn import __version__
-from dfkde_sklearn._cli import cache, demo, evaluate, export, fit, info, layers, recalibrate, report, score, search
+from dfkde_sklearn._cli import (
+    cache,
+    demo,
+    evaluate,
+    export,
+    fit,
+    info,
+    layers,
+    recalibrate,
+    report,
+    score,
+    search,
+    update,
+)
 from dfkde_sklearn._cli.exit_codes import FAILED, INTERRUPTED, READER_GONE
 from dfkde_sklearn._cli.output import one_line, print_message, silence
 
@@ -30,6 +43,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "report": report,
     "recalibrate": recalibrate,
+    "update": update,
     "export": export,
     "info": info,
     "cache": cache,

@@ -63,14 +63,21 @@ def loaded_detector(options: argparse.Namespace) -> DFKDEDetector | PatchDFKDEDe
     return detector
 
 
-def save_detector(detector: DFKDEDetector | PatchDFKDEDetector, path: Path, force: bool) -> None:
+def save_detector(
+    detector: DFKDEDetector | PatchDFKDEDetector, path: Path, force: bool, *, training_rows: bool = False
+) -> None:
     """Write a detector to a file, whole or not at all; a file that exists is kept, unless `force` is set."""
     check_new(path, force)
     saved = copy.copy(detector)
     extractor: Any = copy.copy(detector.features_)
     # Progress bars belong to this run, not to the model.
     saved.features_ = extractor.set_params(verbose=False)
-    saved.save(path)
+    saved.save(path, training_rows=training_rows)
+
+
+def has_training_rows(detector: DFKDEDetector | PatchDFKDEDetector) -> bool:
+    """Return whether a detector from a file can be updated."""
+    return hasattr(detector, "_sample")
 
 
 def file_of_model(path: Path, read: Callable[[Path], _Content]) -> _Content:

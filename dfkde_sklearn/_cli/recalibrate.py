@@ -11,7 +11,13 @@ from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new
 from dfkde_sklearn._cli.groups import add_groups_argument, image_groups
 from dfkde_sklearn._cli.images import add_images_argument, described, image_paths
-from dfkde_sklearn._cli.models import add_extractor_arguments, add_model_argument, loaded_detector, save_detector
+from dfkde_sklearn._cli.models import (
+    add_extractor_arguments,
+    add_model_argument,
+    has_training_rows,
+    loaded_detector,
+    save_detector,
+)
 from dfkde_sklearn._cli.output import print_facts, say
 
 
@@ -55,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     before, n_before = detector.offset_, len(detector.calibration_scores_)
     say(options, f"Scoring {len(paths)} images")
     detector.recalibrate(paths, groups=groups)
-    save_detector(detector, output, force)
+    save_detector(detector, output, force, training_rows=has_training_rows(detector))
 
     print_facts(
         {

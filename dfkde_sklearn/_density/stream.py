@@ -75,6 +75,22 @@ class RowSample:
             "labels": kept.labels.tolist() if self.has_labels else None,
         }
 
+    @staticmethod
+    def check_state(state: Mapping[str, Any], n_features: int) -> None:
+        """Raise a ValueError if a state, which comes from a file, is none that `state` returns."""
+        rows, numbers, places, labels = (state[name] for name in ("rows", "numbers", "places", "labels"))
+        n, n_seen = len(places), state["n_seen"]
+        if rows.shape != (n, n_features) or rows.dtype not in (np.float32, np.float64) or not np.isfinite(rows).all():
+            raise ValueError(f"the training rows are not {n} rows of {n_features} finite numbers")
+        if numbers.shape != (n,) or numbers.dtype != np.float64 or not ((numbers >= 0) & (numbers < 1)).all():
+            raise ValueError("the random numbers of the training rows are not one in [0, 1) for each")
+        if not n or places.dtype != np.int64 or places[0] < 0 or (np.diff(places) < 1).any() or places[-1] >= n_seen:
+            raise ValueError(f"the places of the training rows are not increasing and below {n_seen}")
+        if not numbers.max() < state["limit"] or (n < n_seen and state["limit"] > 1):
+            raise ValueError("the training rows are not those with the smallest random numbers")
+        if labels is not None and len(labels) != n:
+            raise ValueError(f"there are {len(labels)} labels of {n} training rows")
+
     @classmethod
     def from_state(cls, state: Mapping[str, Any], max_rows: int | None) -> RowSample:
         """Return a sample that grows on its own; with a smaller `max_rows` than before it keeps fewer rows."""

@@ -29,6 +29,9 @@ class DeployableMixin:
     _saved_as: ClassVar[str]
     features_: Any
     feature_names_in_: NDArray[np.object_]
+    # What `partial_fit` adds to, and the seed that decides which rows it keeps.
+    _sample: dict[str, Any]
+    _seed: int
 
     if TYPE_CHECKING:
 
@@ -57,7 +60,7 @@ class DeployableMixin:
         """Return what an exported file must answer for X."""
         raise NotImplementedError
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], *, training_rows: bool = False) -> None:
         """Write the fitted detector to a file that later versions read, and that holds no code.
 
         One safetensors file, with a header in JSON. A backbone is stored by its name, tag and the hash of its weights.
@@ -67,6 +70,8 @@ class DeployableMixin:
         ----------
         path : str or PathLike
             The file, of any name.
+        training_rows : bool, default=False
+            Whether the file also holds what `partial_fit` adds to: the features of the training images, up to 64 MiB.
 
         Raises
         ------
@@ -76,7 +81,8 @@ class DeployableMixin:
             If the feature extractor is neither :class:`TimmFeatures` nor :class:`ScatteringFeatures`, or a parameter is
             an object that the file cannot hold. Pickle and joblib keep any.
         ValueError
-            If a parameter that was set after the fit is not allowed, or contradicts the fit.
+            If a parameter that was set after the fit is not allowed, or contradicts the fit; or if `training_rows` are
+            asked for and the fit kept none: see `partial_fit`.
 
         Notes
         -----
@@ -90,7 +96,13 @@ class DeployableMixin:
         parameters = self.get_params(deep=False)
         features = parameters.pop("features")
         names = getattr(self, "feature_names_in_", np.array([])).tolist()
-        save(path, self._saved_as, Saved(parameters, features, self.features_, names, self._buffers()))
+        sample = getattr(self, "_sample", None) if training_rows else None
+        if training_rows and sample is None:
+            raise ValueError(
+                f"training_rows=True, and this {type(self).__name__} has none: a fit keeps up to 64 MiB of them, and "
+                "none where it drew groups; a file has them if it was saved with them. Leave training_rows out."
+            )
+        save(path, self._saved_as, Saved(parameters, features, self.features_, names, self._buffers(), sample))
 
     @classmethod
     def load(
@@ -147,6 +159,8 @@ class DeployableMixin:
         detector._take(saved.buffers, saved.extractor)
         if saved.feature_names:
             detector.feature_names_in_ = np.array(saved.feature_names, dtype=object)
+        if saved.sample is not None:
+            detector._sample, detector._seed = saved.sample, saved.sample["seed"]
         return detector
 
     def to_onnx(

@@ -1,14 +1,16 @@
 """Save and load: one safetensors file that holds no code.
 
-The tensors are the buffers of the detector's state. The header's metadata has one entry, a JSON document: format
-version, the detector's class, its parameters, versions of libraries, the feature extractor with its backbone's tag,
-hash and preprocessing, and the SHA-256 of the file, computed with zeros in place of its digits.
+The tensors are the buffers of the detector's state and, where asked for, the training rows. The header's metadata has
+one entry, a JSON document: format version, the detector's class, its parameters, versions of libraries, the feature
+extractor with its backbone's tag, hash and preprocessing, and the SHA-256 of the file, computed with zeros in place of
+its digits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import struct
@@ -25,19 +27,31 @@ from sklearn.base import BaseEstimator, clone
 from torch import Tensor, nn
 
 from dfkde_sklearn import __version__
+from dfkde_sklearn._density.stream import RowSample
 from dfkde_sklearn._deploy.buffers import StateBuffers
-from dfkde_sklearn._document import as_json, checked_parameters, from_json, is_integer_from, is_list_of, is_text
+from dfkde_sklearn._document import (
+    Check,
+    as_json,
+    checked_parameters,
+    from_json,
+    is_integer_from,
+    is_list_of,
+    is_positive,
+    is_text,
+)
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._features.network import TimmFeatures
 from dfkde_sklearn._features.scattering import ScatteringFeatures
 from dfkde_sklearn._files import write_file
 
 FORMAT = "dfkde-sklearn"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _DIGITS = "0" * 64
 # The feature extractors that a file may name.
 _EXTRACTORS: dict[str, type[FeatureExtractor]] = {kind.__name__: kind for kind in (TimmFeatures, ScatteringFeatures)}
 
+# The arrays of the state of a `RowSample`, and what tensors of them are called; the rest of it is in the document.
+_SAMPLE = {"rows": "training_rows", "numbers": "training_numbers", "places": "training_places"}
 # Parameters that depend on the machine, or have another place in the file.
 _NOT_KEPT = ("features", "device")
 
@@ -47,7 +61,7 @@ class File(NamedTuple):
 
     path : Path
     header : dict, the JSON document.
-    tensors : dict of Tensor, the buffers of the detector's state.
+    tensors : dict of Tensor, the buffers of the detector's state, and the training rows if they are kept.
     """
 
     path: Path
@@ -68,6 +82,7 @@ class Saved(NamedTuple):
     extractor : the fitted feature extractor, or None.
     feature_names : list of str, of the columns; empty where they have none.
     buffers : StateBuffers, fitted.
+    sample : dict or None, the state of the `RowSample` that `partial_fit` adds to.
     """
 
     parameters: dict[str, Any]
@@ -75,6 +90,7 @@ class Saved(NamedTuple):
     extractor: Any
     feature_names: list[str]
     buffers: StateBuffers
+    sample: dict[str, Any] | None
 
 
 def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
@@ -97,6 +113,7 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
         "features": saved.features if saved.features in ("auto", None) else "extractor",
         "extractor": None if saved.extractor is None else _described_extractor(saved.extractor),
         "feature_names": saved.feature_names,
+        "sample": None if saved.sample is None else _described_sample(saved.sample),
         "versions": {
             "dfkde-sklearn": __version__,
             "python": platform.python_version(),
@@ -107,6 +124,8 @@ def save(path: str | os.PathLike[str], owner: str, saved: Saved) -> None:
         },
     }
     tensors = {name: value.contiguous() for name, value in saved.buffers.state_dict().items()}
+    if saved.sample is not None:
+        tensors |= {name: torch.from_numpy(np.ascontiguousarray(saved.sample[key])) for key, name in _SAMPLE.items()}
     data = safetensors.torch.save(tensors, {FORMAT: json.dumps(header)})
     write_file(path, data.replace(_DIGITS.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
 
@@ -143,9 +162,10 @@ def detector_in(
         parameters = checked_parameters(header["parameters"], kind, _NOT_KEPT)
         kind(**parameters)._validate_params()
         buffers = empty(parameters)
-        buffers.load_state_dict(tensors)
+        buffers.load_state_dict({name: value for name, value in tensors.items() if name not in _SAMPLE.values()})
         names = header["feature_names"]
         n_features = buffers.n_features
+        sample = _sample(header["sample"], tensors, n_features)
         if not is_list_of(is_text)(names) or len(names) not in (0, n_features):
             raise ValueError(f"feature_names are not the names of {n_features} columns")
         if (extractor is None) != (features is None) and features != "auto":
@@ -158,7 +178,7 @@ def detector_in(
         raise ValueError(f"{str(path)!r} does not hold what a detector needs: {error}") from error
     if extractor is not None:
         extractor.check_weights(download=download)
-    return Saved(parameters, features, extractor, names, buffers)
+    return Saved(parameters, features, extractor, names, buffers, sample)
 
 
 def described(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -197,6 +217,36 @@ def read(path: str | os.PathLike[str]) -> File:
     if hashlib.sha256(signed).hexdigest() != digits:
         raise ValueError(f"{str(path)!r} is damaged or was changed: its SHA-256 is not the one it states.")
     return File(path, header, tensors)
+
+
+def _described_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a `RowSample` but for its arrays; JSON has no infinite numbers."""
+    limit = sample["limit"]
+    return {name: sample[name] for name in ("n_seen", "seed", "labels")} | {"limit": None if limit > 1 else limit}
+
+
+def _sample(described: Any, tensors: dict[str, Tensor], n_features: int) -> dict[str, Any] | None:
+    """Return the state of a `RowSample` of a file, checked; None where it has none."""
+    if described is None:
+        if tensors.keys() & _SAMPLE.values():
+            raise ValueError("it has training rows, of which its document says nothing")
+        return None
+    for name, check in _OF_SAMPLE.items():
+        if not check(described[name]):
+            raise ValueError(f"the {name} of its training rows is {described[name]!r:.80}, which cannot be")
+    sample = {name: described[name] for name in _OF_SAMPLE}
+    sample |= {key: tensors[name].numpy() for key, name in _SAMPLE.items()}
+    sample["limit"] = math.inf if sample["limit"] is None else sample["limit"]
+    RowSample.check_state(sample, n_features)
+    return sample
+
+
+_OF_SAMPLE: dict[str, Check] = {
+    "n_seen": is_integer_from(1),
+    "seed": is_integer_from(0),
+    "limit": lambda value: value is None or (is_positive(value) and value <= 1),
+    "labels": lambda value: value is None or is_list_of(is_text)(value),
+}
 
 
 def _described_extractor(extractor: Any) -> dict[str, Any]:
