@@ -199,7 +199,7 @@ class Models:
         ]
         self.files = []
         for i, (detector, _) in enumerate(self.cases):
-            detector.save(folder / str(i))
+            detector.save(folder / str(i), training_rows=True)
             self.files.append((folder / str(i)).read_bytes())
 
     def check(self, rng, folder):

@@ -373,6 +373,7 @@ def _fit_command(options: argparse.Namespace, best: Candidate) -> str:
         ("image_size", None),
         ("crop", None),
         ("reducing_gap", None),
+        ("engine", None),
         ("white_level", None),
         ("groups", None),
     ):

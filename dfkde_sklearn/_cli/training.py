@@ -54,6 +54,12 @@ def add_features_arguments(group: Any) -> None:
         "at most (2 is a good value; default: off)",
     )
     group.add_argument(
+        "--engine",
+        choices=("torch", "onnxruntime", "openvino"),
+        help="what computes the backbone on the CPU; the latter two are extra packages, faster on single images and on "
+        "some networks (default: torch)",
+    )
+    group.add_argument(
         "--white-level",
         type=int,
         metavar="VALUE",
@@ -68,7 +74,16 @@ def feature_extractor(
     from dfkde_sklearn import ScatteringFeatures, TimmFeatures
 
     parameters = given(
-        options, "weights", "crop", "image_size", "reducing_gap", "white_level", "batch_size", "cache", "device"
+        options,
+        "weights",
+        "crop",
+        "image_size",
+        "reducing_gap",
+        "engine",
+        "white_level",
+        "batch_size",
+        "cache",
+        "device",
     ) | {name: value for name, value in (("layers", layers), ("tile_size", tile_size)) if value is not None}
     parameters["verbose"] = shows_progress(options)
     if options.detector == POSITIONS:
@@ -78,7 +93,7 @@ def feature_extractor(
             # The model may be used from another folder.
             parameters["weights"] = os.path.realpath(parameters["weights"])
         return TimmFeatures(options.features, **parameters)
-    for name in ("layers", "weights", "crop", "reducing_gap", "tile_size"):
+    for name in ("layers", "weights", "crop", "reducing_gap", "engine", "tile_size"):
         if name in parameters:
             raise ValueError(f"--{name.replace('_', '-')} is for a backbone; --features scattering has none.")
     return ScatteringFeatures(**parameters)

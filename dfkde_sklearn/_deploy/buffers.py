@@ -293,6 +293,14 @@ class DensityBuffers(StateBuffers):
     @classmethod
     def _value_fault(cls, name: str, given: Mapping[str, Tensor], *, is_fitted: bool) -> str:
         fault = super()._value_fault(name, given, is_fitted=is_fitted)
+        if (
+            not fault
+            and is_fitted
+            and name == "scale"
+            and not (given["mean"] * given["scale"]).square().sum() < math.inf
+        ):
+            # Scaled, rows near the mean would exceed the largest number.
+            return f"scale is {float(given['scale']):.3g}; allowed: what makes numbers near 1 of the mean"
         if fault or name != "components" or not is_fitted:
             return fault
         # Projections on longer axes may exceed the largest number.

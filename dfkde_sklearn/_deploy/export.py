@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,16 +17,13 @@ from torch import Tensor, nn
 
 from dfkde_sklearn._deploy.buffers import StateBuffers
 from dfkde_sklearn._deploy.preprocessing import Preprocessing
+from dfkde_sklearn._features.engines import TRACED_ROWS, onnx_program
 from dfkde_sklearn._files import write_file
 from dfkde_sklearn._images import as_images, image_batches
 
-# Resize, GroupNormalization and LayerNormalization of backbones have their present form since 18 (2022).
-OPSET = 18
 OUTPUTS = ("log_density", "p_anomalous", "label")
 # From a model with densities at positions.
 MAP_OUTPUT = "log_density_map"
-# Not one, which the tracer would take for a constant.
-_TRACED_ROWS = 2
 # Rows of a batch while an exported file is checked: several, since a batch of one hides faults that mix rows.
 _CHECKED_ROWS = 16
 # Tolerances of the check: relative to the log density, or absolute, in nats, where that is below 1. After a network,
@@ -106,22 +102,7 @@ def write_onnx(
         ) from error
     scorer, name, example = _scorer(model, image_shape)
     outputs = _outputs(model)
-    with warnings.catch_warnings():
-        # The exporter warns of its own internals.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            scorer,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[name],
-            output_names=list(outputs),
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    data = program.model_proto.SerializeToString()
+    data = onnx_program(scorer, example, name, outputs)
     agreement = None
     if expected is not None:
         import onnxruntime
@@ -198,13 +179,13 @@ def _scorer(model: Exportable, image_shape: tuple[int, int] | None) -> tuple[nn.
                 f"image_shape={image_shape}, but this detector was fitted on features: there are no images to resize. "
                 "Leave image_shape out."
             )
-        return Scorer(model, None), "features", torch.zeros(_TRACED_ROWS, *model.feature_shape, dtype=dtype)
+        return Scorer(model, None), "features", torch.zeros(TRACED_ROWS, *model.feature_shape, dtype=dtype)
     extractor: Any = model.feature_extractor.extractor
     extractor.check_exportable()
     if image_shape is None:
-        return Scorer(model, None), "images", torch.zeros(_TRACED_ROWS, 3, *extractor.input_size_)
+        return Scorer(model, None), "images", torch.zeros(TRACED_ROWS, 3, *extractor.input_size_)
     preprocessing = Preprocessing(extractor, image_shape)
-    return Scorer(model, preprocessing), "images", torch.zeros(_TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
+    return Scorer(model, preprocessing), "images", torch.zeros(TRACED_ROWS, *image_shape, 3, dtype=torch.uint8)
 
 
 def _check(

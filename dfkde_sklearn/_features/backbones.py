@@ -22,15 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkde_sklearn._features.engines import CompiledNetwork
 from dfkde_sklearn._features.optimized import difference, optimize
 from dfkde_sklearn._threads import Lock
 
 # Seconds to wait for an answer of the server that has the weights.
 PROBE_SECONDS = 3.0
-# Number of backbones kept in memory; the least recently used is dropped. A search over layers needs one.
+# Number of backbones kept in memory, and of what engines made of each; the least recently used is dropped. A search
+# over layers needs one.
 MAX_LOADED = 4
-# Largest difference between features of a network and of its optimised copy, relative to the largest of them. Rounding
-# makes 1e-6.
+# Largest difference between outputs of a network and of its optimised copy, or of an engine, relative to the largest of
+# them. Rounding makes 1e-6.
 MAX_DIFFERENCE = 1e-4
 _loaded: OrderedDict[tuple[Any, ...], Backbone] = OrderedDict()
 _loading = Lock(threading.RLock)
@@ -58,6 +60,7 @@ class Backbone:
         # A copy to optimise, the names of what it computes otherwise, and whether it is optimised already.
         self._fast: nn.Module | None = None
         self._changed: frozenset[str] | None = None
+        self._compiled: OrderedDict[tuple[Any, ...], CompiledNetwork] = OrderedDict()
 
     def may_optimize(self) -> None:
         """Copy the network for `for_layers`, if it can be faster; before a thread registers hooks."""
@@ -90,6 +93,45 @@ class Backbone:
         if self._fast is None or not (self._changed or frozenset()).isdisjoint(layers):
             return self.network
         return self._fast
+
+    def by_engine(self, engine: str, layers: list[str], size: tuple[int, int], name: str) -> CompiledNetwork:
+        """Return what an engine makes of the network, checked against it.
+
+        Parameters
+        ----------
+        engine : {"onnxruntime", "openvino"}
+        layers : list of str
+            Names of submodules; "" is the embedding, as is an empty list.
+        size : tuple (height, width)
+            Of the images.
+        name : str
+            Of the network, in errors.
+
+        Raises
+        ------
+        ValueError
+            If the engine cannot run the network, or computes something else.
+        """
+        key = (engine, tuple(layers), size)
+        with _loading:
+            if key not in self._compiled:
+                try:
+                    compiled = CompiledNetwork(self.network, layers, size, engine)
+                    ratio = compiled.difference(self.network, size)
+                except Exception as error:  # whatever exporters and engines raise
+                    raise ValueError(
+                        f"engine={engine!r} cannot run backbone {name!r}: {error}. Use engine='torch'."
+                    ) from error
+                if not ratio <= MAX_DIFFERENCE:
+                    raise ValueError(
+                        f"engine={engine!r} computes something else than backbone {name!r}: the largest difference is "
+                        f"{ratio:.0e} of the largest value, and {MAX_DIFFERENCE:g} is allowed. Use engine='torch'."
+                    )
+                self._compiled[key] = compiled
+                if len(self._compiled) > MAX_LOADED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
 
     def _optimize(self, fast: nn.Module, size: tuple[int, int], name: str) -> None:
         fault = ""

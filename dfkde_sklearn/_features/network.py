@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import is_integer_from, is_list_of, is_number, is_one_of, is_positive, is_text, is_tuple_of
 from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
+from dfkde_sklearn._features.engines import ENGINES, CompiledNetwork, engine_version
 from dfkde_sklearn._features.extractor import IS_GRID, MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.layers import (
     LayersRead,
@@ -99,6 +100,10 @@ class TimmFeatures(FeatureExtractor):
         The 16-bit value that becomes white, as do all above it: 4095 for files that hold the 12 bits of a camera,
         1023 for 10 bits. Other samples are not affected. ``fit_transform``, and so the ``fit`` of a detector, warns
         if no value in the 16-bit images comes near the white level.
+    engine : {"torch", "onnxruntime", "openvino"}, default="torch"
+        What computes a named backbone on the CPU; the latter two need the extras ``onnx`` and ``openvino``. They are
+        faster on single images and on networks without batch norms, and take some seconds to prepare in each process:
+        see Notes.
     batch_size : int, default=32
         Number of images that are read ahead, and largest number that goes through the network at once. On a CPU it is
         divided among the cores, and fewer images go at once where that is faster: as many as keep the largest
@@ -151,6 +156,8 @@ class TimmFeatures(FeatureExtractor):
         Fraction of the resized image that the crop keeps; 1 unless ``crop="center"``.
     seed_ : int or None
         Seed of the random weights; None for weights that are not random.
+    engine_version_ : str or None
+        Version of `engine` in ``fit``; None for torch.
 
     See Also
     --------
@@ -172,6 +179,12 @@ class TimmFeatures(FeatureExtractor):
     On a CPU a named backbone with batch norms runs as a copy that computes the same in less time, with each batch norm
     folded into its convolution, channels last, and several images side by side on a core each. If its results differ by
     more than 1e-4 of the largest value, a warning says so, and the backbone itself is used. A module runs as it is.
+
+    ONNX Runtime and OpenVINO run what torch exports of the backbone, up to the last of the layers. It is compared with
+    the backbone when it is made, in each process, which takes seconds; a difference of more than 1e-4 of the largest
+    value is an error. Features differ from those of torch by rounding, about 1e-6. The version at the fit is kept;
+    another one may round otherwise. What is exported or differentiated is always torch's network. How fast they are:
+    :ref:`the guide <cpu-networks>`.
 
     With `cache`, an image goes through the network only if a layer is not in the cache yet, and only as far
     as the last missing layer. The key of a feature is the content of the image (the bytes of its file, not its path)
@@ -229,6 +242,7 @@ class TimmFeatures(FeatureExtractor):
         "layer_grids_": is_list_of(is_list_of(is_integer_from(1))),
         "grid_shape_": lambda value: value is None or IS_GRID(value),
         "activation_bytes_": is_integer_from(0),
+        "engine_version_": lambda value: value is None or is_text(value),
         "n_features_out_": is_integer_from(1),
     }
 
@@ -243,6 +257,7 @@ class TimmFeatures(FeatureExtractor):
         "image_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
         "tile_size": [Interval(Integral, 1, MAX_SIDE, closed="both"), tuple, list, None],
         "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
+        "engine": [StrOptions(set(ENGINES))],
         "random_state": ["random_state"],
     }
 
@@ -259,6 +274,7 @@ class TimmFeatures(FeatureExtractor):
         tile_size: int | tuple[int, int] | None = None,
         reducing_gap: float | None = None,
         white_level: int = FULL_RANGE,
+        engine: Literal["torch", "onnxruntime", "openvino"] = "torch",
         batch_size: int = 32,
         cache: bool | str | os.PathLike[str] | None = None,
         cache_dtype: Literal["float32", "float16"] = "float32",
@@ -276,6 +292,7 @@ class TimmFeatures(FeatureExtractor):
         self.tile_size = tile_size
         self.reducing_gap = reducing_gap
         self.white_level = white_level
+        self.engine = engine
         self.batch_size = batch_size
         self.cache = cache
         self.cache_dtype = cache_dtype
@@ -351,6 +368,7 @@ class TimmFeatures(FeatureExtractor):
         OSError
             If they are not available.
         """
+        self._checked_engine()
         with self._lent_backbone(download=download) as backbone:
             current_hash = backbone.weights_hash
             if self.layers_:
@@ -398,6 +416,7 @@ class TimmFeatures(FeatureExtractor):
         image_transform(self)
 
     def _set_fitted(self) -> str:
+        self.engine_version_ = self._checked_engine()
         layers = [self.layers] if isinstance(self.layers, str) else list(self.layers or [])
         size = self._size_of_a_pass()
         if self.weights is not None and not isinstance(self.backbone, str):
@@ -444,6 +463,21 @@ class TimmFeatures(FeatureExtractor):
             self.grid_shape_ = self._coarsest_grid() if tiles is None else tiles.grid
         self.n_features_out_ = sum(self.layer_widths_) * prod(self.grid_shape_ or (1,))
         return fingerprint
+
+    def _checked_engine(self) -> str | None:
+        """Return the version of the engine, None for torch; raise an error where it cannot run the backbone."""
+        if self.engine != "torch" and not isinstance(self.backbone, str):
+            raise ValueError(
+                f"engine={self.engine!r} needs a backbone by name, and it is a module, which may change at any time. "
+                "Use engine='torch', or a name with weights=FILE."
+            )
+        device = as_device(self.device)
+        if self.engine != "torch" and device.type != "cpu":
+            raise ValueError(
+                f"engine={self.engine!r} runs on the CPU, and device is {str(device)!r}. Use device='cpu', or "
+                "engine='torch'."
+            )
+        return engine_version(self.engine)
 
     def _coarsest_grid(self) -> tuple[int, int]:
         """Return the smallest grid of the layers; raise a ValueError where one has no positions."""
@@ -508,7 +542,7 @@ class TimmFeatures(FeatureExtractor):
         start = 0
         batches = self.batches(images, self.batch_size, self.backbone_name_)
         with self._fitted_backbone() as backbone:
-            network = backbone.for_layers(self.layers_, self.tile_size_ or self.input_size_, self.backbone_name_)
+            network = self._network(backbone, self.layers_)
             for batch in batches:
                 rows = self._rows(network, batch, blocks).flatten(1).cpu().numpy()
                 bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
@@ -519,6 +553,13 @@ class TimmFeatures(FeatureExtractor):
                     )
                 yield rows
                 start += len(rows)
+
+    def _network(self, backbone: Backbone, layers: list[str]) -> nn.Module:
+        """Return what computes these layers of the backbone."""
+        size = self.tile_size_ or self.input_size_
+        if self.engine == "torch":
+            return backbone.for_layers(layers, size, self.backbone_name_)
+        return backbone.by_engine(self.engine, layers, size, self.backbone_name_)
 
     def _block_recipes(self, fingerprint: str | None) -> list[dict[str, Any]]:
         import timm
@@ -535,6 +576,7 @@ class TimmFeatures(FeatureExtractor):
             "mean": self.mean_,
             "std": self.std_,
             "resize": [self.interpolation_, self.crop_mode_, self.crop_pct_, self.reducing_gap],
+            "engine": [self.engine, engine_version(self.engine)],
         }
         layers = zip(self.layers_ or [""], self.layer_formats_, self.layer_prefix_tokens_, strict=True)
         recipes = [of_all | {"layer": name, "format": axes, "prefix_tokens": n} for name, axes, n in layers]
@@ -550,38 +592,30 @@ class TimmFeatures(FeatureExtractor):
             layers = [layers[block] for block in blocks]
         tiles = self._tiles()
         if tiles is None:
-            return self._rows_of_passes(network, batch, layers)
+            return self._rows_of_passes(network, batch, [(self, layers)])[0]
         # One image at a time, as its tiles take several times the memory.
-        images = batch.split(1)
-        return torch.cat([tiles.joined(self._rows_of_passes(network, tiles.cut(image), layers)) for image in images])
+        cut = map(tiles.cut, batch.split(1))
+        return torch.cat([tiles.joined(self._rows_of_passes(network, some, [(self, layers)])[0]) for some in cut])
 
-    def _rows_of_passes(self, network: nn.Module, batch: Tensor, layers: list[str]) -> Tensor:
-        """Return the features of images or tiles, in as many forward passes as is fast."""
-        n_at_once = micro_batch_size(network, batch, self.activation_bytes_)
+    def _rows_of_passes(self, network: nn.Module, batch: Tensor, wanted: Wanted) -> list[Tensor]:
+        """Return the features of images or tiles, in as many forward passes as is fast.
 
-        def of_pass(part: Tensor) -> Tensor:
-            return self._rows_at_once(network, part, layers)
+        The extractors in `wanted`, each with the layers that it describes, differ from this one in their layers only.
+        """
+        n_at_once = micro_batch_size(network, batch, max(extractor.activation_bytes_ for extractor, _ in wanted))
+
+        def of_pass(part: Tensor) -> list[Tensor]:
+            return _rows_at_once(network, part, wanted)
 
         # Side by side, each on one core: threads that share a pass wait for one another after each operation, beside
         # another busy process for hundreds of times as long as they compute. A user's module may not be ready for it.
         is_alone = len(batch) == 1 or not isinstance(self.backbone, str) or not batch.is_cpu or batch.requires_grad
         if is_alone or as_device(self.device).type != "cpu" or torch.compiler.is_compiling():
-            return torch.cat(list(map(of_pass, batch.split(n_at_once))))
-        n_cores = n_single_cores()
-        return torch.cat(mapped_on_single_cores(of_pass, batch.split(min(n_at_once, ceil(len(batch) / n_cores)))))
-
-    def _rows_at_once(self, network: nn.Module, batch: Tensor, layers: list[str]) -> Tensor:
-        """Return the features of a batch in one forward pass."""
-        parts: dict[str, Tensor] = {}
-
-        def describe(layer: str, output: Tensor) -> None:
-            # Now, as a later in-place operation may overwrite the output.
-            parts[layer] = self.of_layer(layer, output.clone() if output.requires_grad else output)
-            if len(parts) == len(layers):
-                raise LayersRead
-
-        visit_layers(network, batch, layers, describe)
-        return self.joined([parts[layer] for layer in layers])
+            parts = list(map(of_pass, batch.split(n_at_once)))
+        else:
+            n_at_once = min(n_at_once, ceil(len(batch) / n_single_cores()))
+            parts = mapped_on_single_cores(of_pass, batch.split(n_at_once))
+        return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
     def of_layer(self, layer: str, output: Tensor) -> Tensor:
         """Return the features of one layer.
@@ -632,6 +666,36 @@ class TimmFeatures(FeatureExtractor):
         return twin
 
 
+# Feature extractors, each with the layers that it describes.
+Wanted = Sequence[tuple[TimmFeatures, list[str]]]
+
+
+def _layers(wanted: Wanted) -> list[str]:
+    return list(dict.fromkeys(layer for _, layers in wanted for layer in layers))
+
+
+def _rows_at_once(network: nn.Module, batch: Tensor, wanted: Wanted) -> list[Tensor]:
+    """Return the features of a batch by each extractor, from one forward pass."""
+    n_layers = len(_layers(wanted))
+    parts: dict[tuple[int, str], Tensor] = {}
+    seen: set[str] = set()
+
+    def describe(layer: str, output: Tensor) -> None:
+        for i, (extractor, layers) in enumerate(wanted):
+            if layer in layers:
+                # Now, as a later in-place operation may overwrite the output.
+                parts[i, layer] = extractor.of_layer(layer, output.clone() if output.requires_grad else output)
+        seen.add(layer)
+        if len(seen) == n_layers:
+            raise LayersRead
+
+    if isinstance(network, CompiledNetwork):
+        network.visit(batch, _layers(wanted), describe)
+    else:
+        visit_layers(network, batch, _layers(wanted), describe)
+    return [extractor.joined([parts[i, layer] for layer in layers]) for i, (extractor, layers) in enumerate(wanted)]
+
+
 def described_together(extractors: Sequence[TimmFeatures], X: Any) -> list[NDArray[np.float32]]:
     """Return what each of several extractors returns for images, which pass through their common network once.
 
@@ -654,30 +718,15 @@ def described_together(extractors: Sequence[TimmFeatures], X: Any) -> list[NDArr
         for extractor in extractors
     ]
     tables = [np.empty((len(images), extractor.n_features_out_), np.float32) for extractor in extractors]
-    layers = list(dict.fromkeys(layer for extractor in extractors for layer in extractor.layers_ or [""]))
-    activation_bytes = max(extractor.activation_bytes_ for extractor in extractors)
+    wanted = [(extractor, extractor.layers_ or [""]) for extractor in extractors]
     start = 0
     with first._fitted_backbone() as backbone:
-        network = backbone.for_layers(layers, first.input_size_, first.backbone_name_)
+        network = first._network(backbone, _layers(wanted))
         for batch in first.batches(images, first.batch_size, first.backbone_name_):
-            for part in batch.split(micro_batch_size(network, batch, activation_bytes)):
-                parts: dict[tuple[int, str], Tensor] = {}
-                seen: set[str] = set()
-
-                def describe(layer: str, output: Tensor, parts: Any = parts, seen: Any = seen) -> None:
-                    for i, extractor in enumerate(extractors):
-                        if layer in (extractor.layers_ or [""]):
-                            parts[i, layer] = extractor.of_layer(layer, output)
-                    seen.add(layer)
-                    if len(seen) == len(layers):
-                        raise LayersRead
-
-                visit_layers(network, part, layers, describe)
-                stop = start + len(part)
-                for i, extractor in enumerate(extractors):
-                    rows = extractor.joined([parts[i, layer] for layer in extractor.layers_ or [""]])
-                    tables[i][start:stop] = rows.flatten(1).cpu().numpy()
-                start = stop
+            stop = start + len(batch)
+            for table, rows in zip(tables, first._rows_of_passes(network, batch, wanted), strict=True):
+                table[start:stop] = rows.flatten(1).cpu().numpy()
+            start = stop
     return [table.reshape(len(images), *shape) for table, shape in zip(tables, shapes, strict=True)]
 
 

@@ -93,6 +93,14 @@ def test_large_images_can_be_divided_before_they_are_resized(textures, weights, 
     assert PatchDFKDEDetector.load(tmp_path / "model").features_.reducing_gap == 1.5
 
 
+def test_an_engine_can_be_chosen(textures, weights, tmp_path):
+    pytest.importorskip("onnxruntime")
+    arguments = ("--features", "test_resnet", "--weights", weights, "--model", tmp_path / "model", "--device", "cpu")
+    assert run("fit", textures / "train" / "good", *arguments, "--engine", "onnxruntime") == 0
+    assert PatchDFKDEDetector.load(tmp_path / "model", device="cpu").features_.engine == "onnxruntime"
+    assert run("score", tmp_path / "model", textures / "test" / "good") == 0
+
+
 def test_weights_that_moved_can_be_named(textures, weights, tmp_path, capsys):
     good, model = textures / "train" / "good", tmp_path / "model"
     assert run("fit", good, "--features", "test_resnet", "--weights", weights, "--model", model) == 0

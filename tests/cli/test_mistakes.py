@@ -21,6 +21,7 @@ MISTAKES = {
     "fit {images} --features scattering --weights {model}": "--weights is for a backbone",
     "fit {images} --features scattering --crop center": "--crop is for a backbone",
     "fit {images} --features scattering --reducing-gap 2": "--reducing-gap is for a backbone",
+    "fit {images} --features scattering --engine openvino": "--engine is for a backbone",
     "fit {images} --features scattering --tile-size 32": "--tile-size is for a backbone",
     "fit {images} --features test_resnet --tile-size 32": "Tiles need pooling=None",
     "fit {images} --target-fpr 5": "argument --target-fpr: 5 is not a rate between 0 and 1: 0.05 is 5 %",

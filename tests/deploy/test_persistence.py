@@ -335,6 +335,7 @@ def test_the_format_before_the_first_release_is_refused_with_the_way_out(tmp_pat
     ("changes", "message"),
     [
         ({"kernel_centers": torch.ones(8, 3)}, "kernel_centers has shape"),
+        ({"scale": torch.tensor(1e200, dtype=torch.float64)}, "scale is 1e\\+200; allowed"),
         ({"mean": torch.ones(3)}, "mean has dtype"),
         ({"mean": torch.ones(4, dtype=torch.float64)}, "does not fit the other sizes"),
         ({"kernel_centers": torch.ones(0, 2)}, "contradict"),
