@@ -740,7 +740,8 @@ def image_transform(extractor: TimmFeatures) -> Callable[[Image.Image], Tensor]:
     transform = timm_transform(extractor)
     resize, *others = transform.transforms
     height, width = extractor.input_size_
-    resample = Image.Resampling[extractor.interpolation_.upper()]
+    # Not by `interpolation_`: older versions of timm resize bilinearly for crops that are no squares.
+    resample = Image.Resampling[resize.interpolation.value.upper()]
     gap = extractor.reducing_gap
 
     def transformed(picture: Image.Image) -> Tensor:
