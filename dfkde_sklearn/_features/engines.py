@@ -21,11 +21,8 @@ from torch import Tensor, nn
 from dfkde_sklearn._features.layers import LayersRead, embedding, visit_layers
 from dfkde_sklearn._threads import Lock, n_single_cores
 
-# The extra of pyproject.toml that installs each engine, and the packages that it needs: all export by ONNX.
-EXTRAS = {
-    "onnxruntime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": ("onnx,openvino", ("onnx", "onnxscript", "openvino")),
-}
+# The extra of pyproject.toml that installs each engine; the network comes to both as ONNX.
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 ENGINES = ("torch", *EXTRAS)
 # Resize, GroupNormalization and LayerNormalization of backbones have their present form since 18 (2022).
 OPSET = 18
@@ -39,13 +36,13 @@ def engine_version(engine: str) -> str | None:
     """Return the version of an engine, None for torch; raise an ImportError where it is not installed."""
     if engine == "torch":
         return None
-    extra, packages = EXTRAS[engine]
+    packages = ("onnx", "onnxscript", engine)
     try:
         for package in packages:
             importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"engine={engine!r} needs {', '.join(packages)} ({error}): pip install 'dfkde-sklearn[{extra}]'."
+            f"engine={engine!r} needs {', '.join(packages)} ({error}): pip install 'dfkde-sklearn[{EXTRAS[engine]}]'."
         ) from error
     return importlib.metadata.version(engine)
 

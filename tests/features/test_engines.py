@@ -209,7 +209,7 @@ def test_an_engine_that_is_not_installed_is_named_with_its_extra(engine, monkeyp
 
     monkeypatch.setattr("dfkde_sklearn._features.engines.importlib.import_module", without)
     for use in (lambda: tiny(engine).fit(IMAGES), lambda: DFKDEDetector.load(tmp_path / "model", device="cpu")):
-        with pytest.raises(ImportError, match=rf"engine='{engine}' needs .*dfkde-sklearn\[onnx"):
+        with pytest.raises(ImportError, match=rf"engine='{engine}' needs .*dfkde-sklearn\[(onnx|openvino)\]"):
             use()
 
 
