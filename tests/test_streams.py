@@ -134,11 +134,24 @@ def test_large_rows_are_not_kept(monkeypatch):
     assert hasattr(DFKDEDetector(n_components=3).fit(ROWS[:-1]), "_sample")
 
 
-def test_scores_of_recalibrate_are_left_out_with_a_warning():
-    detector = DFKDEDetector(n_components=3).fit(ROWS[:100]).recalibrate(ROWS[100:150])
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("max_samples", [None, 40])
+def test_scores_of_recalibrate_are_left_out_with_a_warning(method, max_samples):
+    detector = DFKDEDetector(n_components=3, max_samples=max_samples, random_state=0)
+    expected = clone(detector).partial_fit(ROWS)
+    getattr(detector, method)(ROWS[:100]).recalibrate(ROWS[100:150])
     with pytest.warns(UserWarning, match="The 50 calibration scores that recalibrate added are left out"):
         detector.partial_fit(ROWS[100:])
-    assert_same(DFKDEDetector(n_components=3).fit(ROWS), detector)
+    assert_same(expected, detector)
+
+
+def test_rows_that_are_not_kept_make_a_fit_all_the_same():
+    detector = DFKDEDetector(n_components=3, max_samples=40, random_state=0).fit(ROWS[:239])
+    places = detector._sample["places"]
+    detector.set_params(target_fpr=0.2).partial_fit(ROWS[239:])
+    np.testing.assert_array_equal(detector._sample["places"], places)
+    expected = DFKDEDetector(n_components=3, max_samples=40, target_fpr=0.2, random_state=0).partial_fit(ROWS)
+    assert_same(expected, detector)
 
 
 def test_any_transformer_is_fitted_to_the_first_part():
