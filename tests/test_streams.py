@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import FeatureUnion
 
 from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures
 
@@ -152,6 +153,17 @@ def test_rows_that_are_not_kept_make_a_fit_all_the_same():
     np.testing.assert_array_equal(detector._sample["places"], places)
     expected = DFKDEDetector(n_components=3, max_samples=40, target_fpr=0.2, random_state=0).partial_fit(ROWS)
     assert_same(expected, detector)
+
+
+def test_the_parts_of_a_union_read_the_same_stream():
+    union = FeatureUnion([("one", POOLED), ("other", ScatteringFeatures(scales=1, orientations=4, image_size=32))])
+    detector = DFKDEDetector(union, n_components=3)
+    whole = clone(detector).fit(IMAGES)
+    assert_same(whole, clone(detector).fit(image for image in IMAGES))
+    assert_same(whole, clone(detector).partial_fit(iter(IMAGES[:20])).partial_fit(iter(IMAGES[20:])))
+    np.testing.assert_array_equal(whole.score_samples(iter(IMAGES)), whole.score_samples(IMAGES))
+    of_one_position = PatchDFKDEDetector(union)
+    assert_same(clone(of_one_position).fit(IMAGES), clone(of_one_position).fit(iter(IMAGES)))
 
 
 def test_any_transformer_is_fitted_to_the_first_part():
