@@ -166,6 +166,18 @@ def test_the_parts_of_a_union_read_the_same_stream():
     assert_same(clone(of_one_position).fit(IMAGES), clone(of_one_position).fit(iter(IMAGES)))
 
 
+@pytest.mark.parametrize("fit", ["fit", "fit_predict", "partial_fit"])
+def test_a_white_level_that_is_not_that_of_a_stream_is_a_warning(fit, monkeypatch):
+    monkeypatch.setattr("dfkde_sklearn._features.extractor.STREAMED", 20)
+    stream = (image.astype(np.uint16) * (4 if i == 5 else 2) for i, image in enumerate(IMAGES))
+    detector = clone(DETECTORS["pooled"])
+    brightest = int(IMAGES[5].max()) * 4
+    with pytest.warns(UserWarning, match=f"The brightest value of the 16-bit images is {brightest},") as found:
+        getattr(detector, fit)(stream)
+    assert len(found) == 1
+    detector.score_samples(image.astype(np.uint16) for image in IMAGES)
+
+
 def test_any_transformer_is_fitted_to_the_first_part():
     detector = DFKDEDetector(PCA(4, svd_solver="full"), n_components=2).partial_fit(ROWS[:100]).partial_fit(ROWS[100:])
     features = PCA(4, svd_solver="full").fit(ROWS[:100]).transform(ROWS)
