@@ -667,6 +667,8 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
     def _whole_table(self, X: Any, *, reset: bool) -> NDArray[np.number]:
         """Return the feature matrix of rows or images at once; with `reset`, the feature extractor is fitted first."""
         if self.features_ is not None:
+            if not isinstance(self.features_, FeatureExtractor):
+                X = repeatable(X)  # the parts of a union read it one after the other
             X = self.features_.fit_transform(X) if reset else self.features_.transform(X)
         return self._validated(X, reset=reset)
 

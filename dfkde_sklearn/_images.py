@@ -252,6 +252,25 @@ class Images(Sequence[Image.Image]):
         images._brightest = self._brightest
         return images
 
+    def followed_by(self, items: list[Any], first: int) -> Images:
+        """Return the next images of a stream, whose values `warn_of_white_level` counts with those of these images.
+
+        Parameters
+        ----------
+        items : list
+            Images, at least one.
+        first : int
+            The number of the first of them in messages.
+
+        Returns
+        -------
+        Images
+            They alone, with the white level of these images.
+        """
+        images = as_images(items, self.white_level, first)
+        images._brightest = self._brightest
+        return images
+
     def shape(self, index: int) -> tuple[int, int]:
         """Return the height and width of the image at `index`, of a file from its header.
 

@@ -141,12 +141,19 @@ def _image_of(item: Any, name: str) -> Any:
             )
         return next(iter(images.values()))
     if isinstance(item, tuple | list):
-        if item and all(map(_is_image, item)):
-            return list(item)
-        if item and (_is_image(item[0]) or (isinstance(item[0], list | tuple) and all(map(_is_image, item[0])))):
+        if _are_images(item):
+            # Of one tensor, a `TensorDataset` makes such tuples, and a `DataLoader` lists of one batch.
+            return item[0] if len(item) == 1 else list(item)
+        if item and (_is_image(item[0]) or (isinstance(item[0], list | tuple) and _are_images(item[0]))):
             return list(item[0]) if isinstance(item[0], tuple) else item[0]
         raise TypeError(f"{name} is a {type(item).__name__} without images: {item!r:.80}.")
     return item
+
+
+def _are_images(values: Sequence[Any]) -> bool:
+    """Return whether there are images only, and not an image beside its path, which is a label."""
+    is_path = [isinstance(value, str | os.PathLike) for value in values]
+    return bool(values) and all(map(_is_image, values)) and (is_path[0] or not any(is_path))
 
 
 def _is_image(value: Any) -> bool:

@@ -633,7 +633,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
             if self.flips is not None and reset:
                 raise ValueError(f"flips={self.flips!r} needs images, and X holds features. Leave it out.")
             return self._validated(X, reset=reset)
-        if self.flips is not None:
+        # The parts of a union read X one after the other.
+        if self.flips is not None or not isinstance(self.features_, FeatureExtractor):
             X = repeatable(X)
         features = self.features_.fit_transform(X) if reset else self.features_.transform(X)
         return self._validated(self._flip_averaged(features, X), reset=reset)

@@ -43,7 +43,7 @@ class StreamsMixin:
     calibration_scores_: NDArray[np.floating]
     # Decides which rows are drawn.
     _seed: int
-    # The state of the `RowSample` that `partial_fit` adds to.
+    # The state of the `RowSample` that `partial_fit` adds to, and with it the number of calibration scores of the fit.
     _sample: dict[str, Any]
 
     if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class StreamsMixin:
                 "partial_fit, from the first on; clone(detector) is a new detector. To move the threshold alone, use "
                 "recalibrate."
             )
-        n_added = 0 if kept is None else len(self.calibration_scores_) - kept["n_seen"]
+        n_added = 0 if kept is None else len(self.calibration_scores_) - kept["n_scores"]
         # It takes the place of the detector when all has gone well.
         extended = copy.copy(self)
         if kept is None:
@@ -115,9 +115,9 @@ class StreamsMixin:
         else:
             sample = RowSample.from_state(kept, self.max_samples)
         _add(sample, extended._parts(X, reset=kept is None), groups, self.max_samples)
-        extended._sample = sample.state()
-        if kept is None or not np.array_equal(kept["places"], sample.places):
-            extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
+        # Also where no new row is kept, as parameters or calibration scores may have changed since.
+        extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
+        extended._sample = sample.state() | {"n_scores": len(extended.calibration_scores_)}
         vars(self).update(vars(extended))
         if n_added > 0:
             warnings.warn(
@@ -293,7 +293,7 @@ class StreamsMixin:
             _add(sample, [floats(table)], groups, self.max_samples)
             kept = sample.state()
         if kept is not None and kept["rows"].nbytes <= _KEPT_BYTES:
-            self._sample = kept
+            self._sample = kept | {"n_scores": len(self.calibration_scores_)}
 
     def _parts(self, X: Any, *, reset: bool) -> Iterator[NDArray[np.number]]:
         """Yield the feature matrix part by part; with `reset`, after `_begin`, the feature extractor is fitted."""

@@ -101,10 +101,13 @@ CONTAINERS = {
     "data set of torch": lambda _: Pairs(),
     "generator": lambda _: (picture for picture in PICTURES),
     "generator of pairs": lambda _: ((picture, 0) for picture in PICTURES),
+    "generator of pictures and paths": lambda folder: zip(PICTURES, paths(folder), strict=True),
     "generator of batches": lambda _: (PICTURES[i : i + 5] for i in range(0, 24, 5)),
     "generator of paths": lambda folder: iter(paths(folder)),
     "DataLoader": lambda _: DataLoader(tensors(), batch_size=5),
     "DataLoader with labels": lambda _: DataLoader(TensorDataset(tensors(), torch.arange(24)), batch_size=5),
+    "DataLoader of one tensor": lambda _: DataLoader(TensorDataset(tensors()), batch_size=5),
+    "TensorDataset of one tensor": lambda _: TensorDataset(tensors()),
     "IterableDataset": lambda _: Stream(),
 }
 
@@ -190,6 +193,8 @@ def test_bad_containers_are_errors_that_say_what_is_allowed(folder):
         as_images(iter([{"left": PICTURES[0], "right": PICTURES[1]}]))
     with pytest.raises(TypeError, match="without images"):
         as_images(iter([(1, 2)]))
+    with pytest.raises(TypeError, match="without images"):
+        as_images(iter([[(PICTURES[0], "a.png"), (PICTURES[1], "b.png")]]))
     with pytest.raises(TypeError, match=r"images\[0\]: 5 of type int"):
         as_images(iter([5]))
     with pytest.raises(TypeError, match="dict"):

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import FeatureUnion
 
 from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures
 
@@ -134,11 +135,47 @@ def test_large_rows_are_not_kept(monkeypatch):
     assert hasattr(DFKDEDetector(n_components=3).fit(ROWS[:-1]), "_sample")
 
 
-def test_scores_of_recalibrate_are_left_out_with_a_warning():
-    detector = DFKDEDetector(n_components=3).fit(ROWS[:100]).recalibrate(ROWS[100:150])
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("max_samples", [None, 40])
+def test_scores_of_recalibrate_are_left_out_with_a_warning(method, max_samples):
+    detector = DFKDEDetector(n_components=3, max_samples=max_samples, random_state=0)
+    expected = clone(detector).partial_fit(ROWS)
+    getattr(detector, method)(ROWS[:100]).recalibrate(ROWS[100:150])
     with pytest.warns(UserWarning, match="The 50 calibration scores that recalibrate added are left out"):
         detector.partial_fit(ROWS[100:])
-    assert_same(DFKDEDetector(n_components=3).fit(ROWS), detector)
+    assert_same(expected, detector)
+
+
+def test_rows_that_are_not_kept_make_a_fit_all_the_same():
+    detector = DFKDEDetector(n_components=3, max_samples=40, random_state=0).fit(ROWS[:239])
+    places = detector._sample["places"]
+    detector.set_params(target_fpr=0.2).partial_fit(ROWS[239:])
+    np.testing.assert_array_equal(detector._sample["places"], places)
+    expected = DFKDEDetector(n_components=3, max_samples=40, target_fpr=0.2, random_state=0).partial_fit(ROWS)
+    assert_same(expected, detector)
+
+
+def test_the_parts_of_a_union_read_the_same_stream():
+    union = FeatureUnion([("one", POOLED), ("other", ScatteringFeatures(scales=1, orientations=4, image_size=32))])
+    detector = DFKDEDetector(union, n_components=3)
+    whole = clone(detector).fit(IMAGES)
+    assert_same(whole, clone(detector).fit(image for image in IMAGES))
+    assert_same(whole, clone(detector).partial_fit(iter(IMAGES[:20])).partial_fit(iter(IMAGES[20:])))
+    np.testing.assert_array_equal(whole.score_samples(iter(IMAGES)), whole.score_samples(IMAGES))
+    of_one_position = PatchDFKDEDetector(union)
+    assert_same(clone(of_one_position).fit(IMAGES), clone(of_one_position).fit(iter(IMAGES)))
+
+
+@pytest.mark.parametrize("fit", ["fit", "fit_predict", "partial_fit"])
+def test_a_white_level_that_is_not_that_of_a_stream_is_a_warning(fit, monkeypatch):
+    monkeypatch.setattr("dfkde_sklearn._features.extractor.STREAMED", 20)
+    stream = (image.astype(np.uint16) * (4 if i == 5 else 2) for i, image in enumerate(IMAGES))
+    detector = clone(DETECTORS["pooled"])
+    brightest = int(IMAGES[5].max()) * 4
+    with pytest.warns(UserWarning, match=f"The brightest value of the 16-bit images is {brightest},") as found:
+        getattr(detector, fit)(stream)
+    assert len(found) == 1
+    detector.score_samples(image.astype(np.uint16) for image in IMAGES)
 
 
 def test_any_transformer_is_fitted_to_the_first_part():

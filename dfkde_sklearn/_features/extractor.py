@@ -133,7 +133,7 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
             If the 16-bit images stay far below the white level, or exceed it.
         """
         if is_stream(X):
-            return self._described_stream(X, self._fit())
+            return self._described_stream(X, self._fit(), warns=True)
         images = as_images(X, self.white_level)
         features = self._described(images, self._fit())
         images.warn_of_white_level()
@@ -356,16 +356,22 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         check_cache(self.cache)
         return self._set_fitted()
 
-    def _described_stream(self, X: Iterable[Any], fingerprint: str | None = None) -> NDArray[np.float32]:
+    def _described_stream(
+        self, X: Iterable[Any], fingerprint: str | None = None, *, warns: bool = False
+    ) -> NDArray[np.float32]:
         """Return the features of the images of a stream, of which only some are in memory at a time."""
-        return np.concatenate(list(self._parts(X, fingerprint)))
+        return np.concatenate(list(self._parts(X, fingerprint, warns=warns)))
 
-    def _parts(self, X: Any, fingerprint: str | None = None) -> Iterator[NDArray[np.float32]]:
-        """Yield the features of some images at a time; a fingerprint that is known need not be computed."""
+    def _parts(self, X: Any, fingerprint: str | None = None, *, warns: bool = True) -> Iterator[NDArray[np.float32]]:
+        """Yield the features of some images at a time; a fingerprint that is known need not be computed.
+
+        With `warns`, a warning says at the end if the white level is not that of the images.
+        """
         from tqdm import tqdm
 
         if is_stream(X):
-            images, n_images = _parts_of_stream(X, self.white_level), None
+            all_images, n_images = Images([], self.white_level), None
+            images = _parts_of_stream(X, all_images)
         else:
             all_images = as_images(X, self.white_level)
             n_images = len(all_images)
@@ -377,7 +383,7 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
                 rows = quiet._described(part, fingerprint)
                 progress.update(len(rows))
                 yield rows
-        if n_images is not None:
+        if warns:
             all_images.warn_of_white_level()
 
     def _described(self, images: Images, fingerprint: str | None = None) -> NDArray[np.float32]:
@@ -448,12 +454,12 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         return tags
 
 
-def _parts_of_stream(X: Iterable[Any], white_level: int) -> Iterator[Images]:
-    """Yield some images of a stream at a time, at least one in all."""
+def _parts_of_stream(X: Iterable[Any], none_yet: Images) -> Iterator[Images]:
+    """Yield some images of a stream at a time, at least one in all, each as what follows on `none_yet`."""
     items = stream_items(X)
     n_read = 0
     while some := list(islice(items, STREAMED)):
-        yield as_images(some, white_level, n_read)
+        yield none_yet.followed_by(some, n_read)
         n_read += len(some)
     if not n_read:
         as_images([])  # raises
