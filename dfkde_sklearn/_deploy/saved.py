@@ -222,7 +222,9 @@ def read(path: str | os.PathLike[str]) -> File:
 def _described_sample(sample: dict[str, Any]) -> dict[str, Any]:
     """Return the state of a `RowSample` but for its arrays; JSON has no infinite numbers."""
     limit = sample["limit"]
-    return {name: sample[name] for name in ("n_seen", "seed", "labels")} | {"limit": None if limit > 1 else limit}
+    return {name: sample[name] for name in ("n_seen", "n_scores", "seed", "labels")} | {
+        "limit": None if limit > 1 else limit
+    }
 
 
 def _sample(described: Any, tensors: dict[str, Tensor], n_features: int) -> dict[str, Any] | None:
@@ -243,6 +245,7 @@ def _sample(described: Any, tensors: dict[str, Tensor], n_features: int) -> dict
 
 _OF_SAMPLE: dict[str, Check] = {
     "n_seen": is_integer_from(1),
+    "n_scores": is_integer_from(1),
     "seed": is_integer_from(0),
     "limit": lambda value: value is None or (is_positive(value) and value <= 1),
     "labels": lambda value: value is None or is_list_of(is_text)(value),

@@ -156,11 +156,20 @@ def test_training_rows_that_are_not_there_are_not_saved(tmp_path):
         ({"training_places": torch.arange(1, 9)}, "not increasing and below 8"),
         ({"training_places": torch.arange(7)}, "not 7 rows"),
         ({"sample": None}, "of which its document says nothing"),
-        ({"sample": {"n_seen": 8, "seed": -1, "limit": None, "labels": None}}, "the seed of its training rows is -1"),
-        ({"sample": {"n_seen": 8, "seed": 1, "limit": 0.01, "labels": None}}, "smallest random numbers"),
-        ({"sample": {"n_seen": 9, "seed": 1, "limit": None, "labels": None}}, "smallest random numbers"),
-        ({"sample": {"n_seen": 8, "seed": 1, "limit": None, "labels": ["a"]}}, "1 labels of 8 training rows"),
-        ({"sample": {"n_seen": 8, "seed": 1, "limit": None, "labels": 3}}, "labels of its training rows is 3"),
+        (
+            {"sample": {"n_seen": 8, "n_scores": 8, "seed": -1, "limit": None, "labels": None}},
+            "the seed of its training rows is -1",
+        ),
+        ({"sample": {"n_seen": 8, "n_scores": 8, "seed": 1, "limit": 0.01, "labels": None}}, "smallest random numbers"),
+        ({"sample": {"n_seen": 9, "n_scores": 8, "seed": 1, "limit": None, "labels": None}}, "smallest random numbers"),
+        (
+            {"sample": {"n_seen": 8, "n_scores": 8, "seed": 1, "limit": None, "labels": ["a"]}},
+            "1 labels of 8 training rows",
+        ),
+        (
+            {"sample": {"n_seen": 8, "n_scores": 8, "seed": 1, "limit": None, "labels": 3}},
+            "labels of its training rows is 3",
+        ),
         ({"sample": {}}, "does not hold what a detector needs"),
     ],
 )
