@@ -77,8 +77,8 @@ class NetworkModule(FeatureModule):
         if not torch.compiler.is_compiling():
             return self.extractor._rows(self.network, batch)
         # A traced pass runs to its end, and what comes after the last layer is dropped from the graph.
-        like = next((tensor for tensor in self.network.parameters() if tensor.is_floating_point()), batch)
-        batch = batch.to(like.dtype)
+        dtypes = [tensor.dtype for tensor in self.network.parameters() if tensor.is_floating_point()]
+        batch = batch.to(dtypes[0] if dtypes else batch.dtype)
         if self.extractor.layers_:
             tiles = self.extractor._tiles()
             self.network(batch if tiles is None else tiles.cut(batch))
