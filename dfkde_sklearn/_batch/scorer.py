@@ -92,7 +92,7 @@ class _OnBatches(metaclass=ABCMeta):
             return batch
         if hasattr(batch, "assign"):
             added = self._added(batch, list(batch.columns))
-            return batch.assign(**{name: _listed(values) for name, values in added.items()})
+            return batch.assign(**{name: _of_frame(values) for name, values in added.items()})
         if isinstance(batch, str | os.PathLike):
             raise TypeError(
                 f"A batch is a list of images or a table, and this is one path: {batch!r:.80}. Give [path]."
@@ -360,6 +360,13 @@ def _items(batch: Any) -> Any:
 def _listed(values: NDArray[Any]) -> list[Any]:
     """Return a list of plain numbers or strings, or of an array for each image."""
     return values.tolist() if values.ndim == 1 else list(values)
+
+
+def _of_frame(values: NDArray[Any]) -> Any:
+    """Return a column of pandas, which takes an empty list for numbers."""
+    if values.ndim == 1:
+        return values
+    return list(values) if len(values) else np.empty(0, object)
 
 
 def _arrow(values: NDArray[Any]) -> Any:

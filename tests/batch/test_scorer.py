@@ -87,7 +87,9 @@ def test_an_empty_batch_has_the_columns_and_types_of_any_other(model, paths, kin
         name: (values.dtype.kind, values.shape[1:]) for name, values in some.items()
     }
     assert call([]) == []
-    assert len(call(pd.DataFrame({"path": paths})[:0])) == 0
+    frame = pd.DataFrame({"path": paths})
+    assert call(frame[:0]).dtypes.equals(call(frame).dtypes)
+    assert len(call(frame[:0])) == 0
 
 
 @pytest.mark.parametrize("pooling", ["statistics", None])
