@@ -230,6 +230,12 @@ def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):
 
     with pytest.raises(ValueError, match="the detector fails"):
         BatchScorer(Failing(), skip_broken=True)(paths)
+    rows = np.random.default_rng(0).normal(size=(50, 6))
+    of_rows = BatchScorer(DFKDEDetector(n_components=2).fit(rows), column="features", skip_broken=True)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        of_rows({"features": np.full((2, 6), np.nan)})
+    with pytest.raises(ValueError, match="X has 5 features, but DFKDEDetector is expecting 6"):
+        of_rows({"features": rows[:, :5]})
 
 
 @pytest.mark.parametrize(
