@@ -170,6 +170,7 @@ def test_a_file_that_was_replaced_is_an_error_that_names_both_models(model, path
         scorer(paths)
     with pytest.raises(ValueError, match="another model"):
         BatchScorer(copy, sha256="0" * 64)(paths)
+    assert len(BatchScorer(model, sha256=scorer.sha256.upper())(paths[:2])) == 2
     # Without a file when it was made, there is none to compare with, and a new file is loaded anew.
     with pytest.raises(FileNotFoundError, match=r"no model .*later on .*, in process \d+\. Put the file there"):
         free(paths)
