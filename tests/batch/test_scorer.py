@@ -304,7 +304,11 @@ def test_a_fit_to_features_from_elsewhere_is_that_to_the_images(data, make, max_
             r"Part 0 has shape \(5, 3\), and features=ScatteringFeatures.* gives \(n, 240\)",
         ),
         (DFKDEDetector(None), [np.zeros((5, 3))], "fit_features needs a feature extractor"),
-        (PatchDFKDEDetector(flips="all"), [np.zeros((5, 3))], "fit_features needs a feature extractor"),
+        (
+            PatchDFKDEDetector(ScatteringFeatures(pooling=None), flips="all"),
+            [np.zeros((5, 3))],
+            "needs features of one pass, and flips= makes several. Set flips=None",
+        ),
     ],
 )
 def test_features_of_another_kind_are_an_error_and_the_detector_is_as_it_was(detector, parts, message):
