@@ -155,7 +155,7 @@ class StreamsMixin:
         ------
         ValueError
             If `features` is no feature extractor of this package, or describes images by another number of features;
-            if there are no parts; or as `fit`.
+            if a detector of positions has `flips`; if there are no parts; or as `fit`.
 
         Examples
         --------
@@ -172,10 +172,15 @@ class StreamsMixin:
         fitted = copy.copy(self)
         fitted._begin("images")  # which is no matrix, for features="auto"
         extractor = fitted.features_
-        if not isinstance(extractor, FeatureExtractor) or not fitted._reads_parts():
+        if not isinstance(extractor, FeatureExtractor):
             raise ValueError(
-                f"fit_features needs a feature extractor as features=, in one pass; got features={self.features!r}. "
-                "Give TimmFeatures(...) or ScatteringFeatures(...), or fit on the features, with features=None."
+                f"fit_features needs a feature extractor as features=; got features={self.features!r}. Give "
+                "TimmFeatures(...) or ScatteringFeatures(...), or fit on the features, with features=None."
+            )
+        if not fitted._reads_parts():
+            raise ValueError(
+                "fit_features needs features of one pass, and flips= makes several. Set flips=None, or fit to the "
+                "images."
             )
         # As its `fit`, which learns nothing from images.
         extractor._validate_params()

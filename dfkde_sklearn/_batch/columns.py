@@ -25,7 +25,7 @@ def of_readable(answer: Callable[[Any], T], images: Any, skip_broken: bool) -> t
         return answer(images), {}
     except (ValueError, OSError):
         # Few batches have a broken image: only where something is wrong are images read one by one.
-        broken = as_images(images).unreadable() if skip_broken else {}
+        broken = _unreadable(images) if skip_broken else {}
         if not broken:
             raise
     readable = [i for i in range(len(images)) if i not in broken]
@@ -73,3 +73,11 @@ def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = T
     for i, why in broken.items():
         reason[i] = why
     return {**columns, "verdict": np.array(verdict, dtype=str), "reason": np.array(reason, dtype=str)}
+
+
+def _unreadable(images: Any) -> dict[int, str]:
+    """Return the places of the images that cannot be read, with the reason; none of what are no images."""
+    try:
+        return as_images(images).unreadable()
+    except (TypeError, ValueError):  # of a feature matrix, the error of the detector is the one that matters
+        return {}

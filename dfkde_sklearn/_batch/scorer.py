@@ -45,7 +45,9 @@ class _OnBatches(metaclass=ABCMeta):
         if isinstance(model, str | os.PathLike):
             # In full, as workers may have another current folder.
             self._path = Path(model).absolute()
-            self.sha256 = sha256_of(self._path) if sha256 is None and self._path.is_file() else sha256
+            self.sha256 = None if sha256 is None else sha256.lower()
+            if sha256 is None and self._path.is_file():
+                self.sha256 = sha256_of(self._path)
             return
         if not self._suits(model):
             raise TypeError(f"{name} needs a path or a detector; got a {type(model).__name__}: {model!r:.80}.")
@@ -92,7 +94,7 @@ class _OnBatches(metaclass=ABCMeta):
             return batch
         if hasattr(batch, "assign"):
             added = self._added(batch, list(batch.columns))
-            return batch.assign(**{name: _listed(values) for name, values in added.items()})
+            return batch.assign(**{name: _of_frame(values) for name, values in added.items()})
         if isinstance(batch, str | os.PathLike):
             raise TypeError(
                 f"A batch is a list of images or a table, and this is one path: {batch!r:.80}. Give [path]."
@@ -190,8 +192,8 @@ class BatchScorer(_OnBatches):
         Whether an image that cannot be read, or is not there, is no error: its verdict is "broken", with the reason,
         and its numbers are NaN.
     sha256 : str, default=None
-        The SHA-256 that the file must have wherever it is loaded, as ``sha256sum`` prints it. None: that of the file
-        when this object is made, if it is there.
+        The SHA-256 that the file must have wherever it is loaded, as ``sha256sum`` prints it, or in capital letters.
+        None: that of the file when this object is made, if it is there.
     weights : str or PathLike, default=None
         For a file: where the weights of the network are, on all machines, if not where they were at the fit.
     device : str or torch.device, default=None
@@ -360,6 +362,13 @@ def _items(batch: Any) -> Any:
 def _listed(values: NDArray[Any]) -> list[Any]:
     """Return a list of plain numbers or strings, or of an array for each image."""
     return values.tolist() if values.ndim == 1 else list(values)
+
+
+def _of_frame(values: NDArray[Any]) -> Any:
+    """Return a column of pandas, which takes an empty list for numbers."""
+    if values.ndim == 1:
+        return values
+    return list(values) if len(values) else np.empty(0, object)
 
 
 def _arrow(values: NDArray[Any]) -> Any:

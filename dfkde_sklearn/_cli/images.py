@@ -49,6 +49,8 @@ def add_images_argument(command: argparse.ArgumentParser, what: str) -> None:
 def image_paths(options: argparse.Namespace) -> list[str]:
     """Return the paths of the images that the arguments of `add_images_argument` name, each once.
 
+    With --skip-broken, where a command has it, names in a list may be of files that are no longer there.
+
     Raises
     ------
     ValueError
@@ -98,16 +100,16 @@ def _named(options: argparse.Namespace) -> Iterator[str]:
     if options.null and listed is None and STDIN not in sources:
         listed = STDIN
     if listed is not None:
-        yield from _in_list(listed, options.null)
+        yield from _in_list(listed, options)
     for source in sources:
-        yield from _in_list(STDIN, options.null) if source == STDIN else paths_at(source)
+        yield from _in_list(STDIN, options) if source == STDIN else paths_at(source)
 
 
-def _in_list(source: str, is_null: bool) -> Iterator[str]:
+def _in_list(source: str, options: argparse.Namespace) -> Iterator[str]:
     """Yield the images at the names in a list."""
     where = "standard input" if source == STDIN else source
     data = _standard_input() if source == STDIN else Path(source).read_bytes()
-    if is_null:
+    if options.null:
         names = data.split(b"\0")
     else:
         # Lists of Windows have a byte order mark, and lines that end with a carriage return.
@@ -117,8 +119,13 @@ def _in_list(source: str, is_null: bool) -> Iterator[str]:
     names = [name for name in names if name]
     if not names:
         raise ValueError(f"{where}: the list names no image.")
-    for name in names:
-        yield from paths_at(os.fsdecode(name))
+    for name in map(os.fsdecode, names):
+        try:
+            yield from paths_at(name)
+        except (ValueError, FileNotFoundError):
+            if not getattr(options, "skip_broken", False) or os.path.exists(name):  # noqa: PTH110 (a str)
+                raise
+            yield name
 
 
 def _standard_input() -> bytes:

@@ -142,7 +142,8 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--skip-broken",
         action="store_true",
-        help="continue if an image cannot be read: it is reported on standard error, and is `broken` in the table",
+        help="continue if an image cannot be read, or one of a list is not there: it is reported on standard error, "
+        "and is `broken` in the table",
     )
     command.add_argument("--exit-code", action="store_true", help="exit with 1 unless all images are normal; see below")
     add_extractor_arguments(command)

@@ -133,7 +133,10 @@ def _parquet(table: Any, facts: Mapping[str, str]) -> bytes:
 
 
 def _read(file: Path) -> Any:
-    return importlib.import_module("pyarrow.parquet").ParquetFile(file).read()
+    try:
+        return importlib.import_module("pyarrow.parquet").ParquetFile(file).read()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}. If it is damaged, remove it and start again.") from error
 
 
 def _check(file: Path, facts: Mapping[str, str]) -> None:

@@ -87,7 +87,9 @@ def test_an_empty_batch_has_the_columns_and_types_of_any_other(model, paths, kin
         name: (values.dtype.kind, values.shape[1:]) for name, values in some.items()
     }
     assert call([]) == []
-    assert len(call(pd.DataFrame({"path": paths})[:0])) == 0
+    frame = pd.DataFrame({"path": paths})
+    assert call(frame[:0]).dtypes.equals(call(frame).dtypes)
+    assert len(call(frame[:0])) == 0
 
 
 @pytest.mark.parametrize("pooling", ["statistics", None])
@@ -168,6 +170,7 @@ def test_a_file_that_was_replaced_is_an_error_that_names_both_models(model, path
         scorer(paths)
     with pytest.raises(ValueError, match="another model"):
         BatchScorer(copy, sha256="0" * 64)(paths)
+    assert len(BatchScorer(model, sha256=scorer.sha256.upper())(paths[:2])) == 2
     # Without a file when it was made, there is none to compare with, and a new file is loaded anew.
     with pytest.raises(FileNotFoundError, match=r"no model .*later on .*, in process \d+\. Put the file there"):
         free(paths)
@@ -228,6 +231,12 @@ def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):
 
     with pytest.raises(ValueError, match="the detector fails"):
         BatchScorer(Failing(), skip_broken=True)(paths)
+    rows = np.random.default_rng(0).normal(size=(50, 6))
+    of_rows = BatchScorer(DFKDEDetector(n_components=2).fit(rows), column="features", skip_broken=True)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        of_rows({"features": np.full((2, 6), np.nan)})
+    with pytest.raises(ValueError, match="X has 5 features, but DFKDEDetector is expecting 6"):
+        of_rows({"features": rows[:, :5]})
 
 
 @pytest.mark.parametrize(
@@ -295,7 +304,11 @@ def test_a_fit_to_features_from_elsewhere_is_that_to_the_images(data, make, max_
             r"Part 0 has shape \(5, 3\), and features=ScatteringFeatures.* gives \(n, 240\)",
         ),
         (DFKDEDetector(None), [np.zeros((5, 3))], "fit_features needs a feature extractor"),
-        (PatchDFKDEDetector(flips="all"), [np.zeros((5, 3))], "fit_features needs a feature extractor"),
+        (
+            PatchDFKDEDetector(ScatteringFeatures(pooling=None), flips="all"),
+            [np.zeros((5, 3))],
+            "needs features of one pass, and flips= makes several. Set flips=None",
+        ),
     ],
 )
 def test_features_of_another_kind_are_an_error_and_the_detector_is_as_it_was(detector, parts, message):

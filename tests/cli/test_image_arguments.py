@@ -121,3 +121,16 @@ def test_a_list_that_names_no_images_is_an_error(data, arguments, message, fitte
     standard_input(data)
     assert run("score", fitted, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["gone.png", "gone[1].png", "gone"])
+def test_names_in_a_list_of_files_that_are_gone_are_broken_images(fitted, good, tmp_path, name, capsys):
+    missing, names, table = str(tmp_path / name), tmp_path / "names", tmp_path / "table.csv"
+    names.write_text("\n".join([good[0], missing, good[1]]))
+    assert run("score", fitted, "--files-from", names) == 2
+    assert "is neither a folder nor a file" in capsys.readouterr().err
+    assert run("score", fitted, missing, good[0], "--skip-broken") == 2
+    assert run("score", fitted, "--files-from", names, "--skip-broken", "--csv", table, "--sort", "input") == 0
+    assert [row["path"] for row in rows_of(table)] == [good[0], missing, good[1]]
+    assert [row["verdict"] == "broken" for row in rows_of(table)] == [False, True, False]
+    assert "there is no such file" in rows_of(table)[1]["reason"]

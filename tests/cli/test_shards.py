@@ -128,6 +128,15 @@ def test_a_stopped_shard_goes_on_where_it_was(fitted, images, folder, monkeypatc
     assert table["path"].to_pylist() == images[1::2]
 
 
+def test_a_damaged_shard_is_named(fitted, images, folder, capsys):
+    assert shard(fitted, images, folder, 1, 1) == 0
+    file = folder / "scores-00001-of-00001.parquet"
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 200 + content[204:])
+    assert shard(fitted, images, folder, 1, 1, "--resume") == 2
+    assert f"{file} cannot be read: " in capsys.readouterr().err
+
+
 KILLED = """
 import sys
 import dfkde_sklearn._cli.shards as shards
