@@ -130,7 +130,8 @@ def whole_images():
     exif[0x0112] = 6
     colour = Image.fromarray(rng.integers(0, 256, (24, 30, 3), dtype=np.uint8))
     pictures = [(colour, {}), (colour, {"exif": exif})]
-    pictures += [(colour.convert(mode), {}) for mode in ("L", "P", "RGBA", "1", "CMYK", "I;16")]
+    pictures += [(colour.convert(mode), {}) for mode in ("L", "P", "RGBA", "1", "CMYK")]
+    pictures.append((colour.convert("L").convert("I;16"), {}))
     pictures.append((Image.fromarray(rng.random((9, 8)).astype(np.float32)), {}))
     ways = [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("BMP", {}), ("GIF", {}), ("WEBP", {})]
     ways += [("WEBP", {"lossless": True}), ("JPEG2000", {}), ("AVIF", {}), ("ICO", {}), ("TGA", {}), ("PPM", {})]
