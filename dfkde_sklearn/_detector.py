@@ -299,12 +299,15 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
             If X holds fewer than two distinct rows, NaN or infinities, or cannot be read as features or images; if
             `groups` has another length, a missing label, or only one group; if `confidence` needs more rows or groups
             than there are, or stands beside a `contamination` or `threshold_offset` that sets the threshold.
+            The detector is then as it was.
         TypeError
             If X is sparse, complex, or of a type that is neither features nor images.
         """
-        table, groups = self._training_data(X, groups)
-        self._fit_table(table, groups)
-        self._keep_rows(table, groups)
+        fitted = copy.copy(self)
+        table, groups = fitted._training_data(X, groups)
+        fitted._fit_table(table, groups)
+        fitted._keep_rows(table, groups)
+        self._become(fitted)
         return self
 
     @_fit_context(prefer_skip_nested_validation=False)
@@ -330,10 +333,12 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         ndarray of shape (n_samples,), int64
             +1 or -1.
         """
-        self._begin(X)
-        table = self._whole_table(X, reset=True)
-        scores = self._fit_table(table, groups)
-        self._keep_rows(table, groups)
+        fitted = copy.copy(self)
+        fitted._begin(X)
+        table = fitted._whole_table(X, reset=True)
+        scores = fitted._fit_table(table, groups)
+        fitted._keep_rows(table, groups)
+        self._become(fitted)
         return labels(self._margins(scores))
 
     def _fit_table(self, table: NDArray[np.number], groups: Any) -> NDArray[np.floating]:

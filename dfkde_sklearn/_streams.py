@@ -107,7 +107,6 @@ class StreamsMixin:
                 "recalibrate."
             )
         n_added = 0 if kept is None else len(self.calibration_scores_) - kept["n_scores"]
-        # It takes the place of the detector when all has gone well.
         extended = copy.copy(self)
         if kept is None:
             extended._begin(X)
@@ -118,7 +117,7 @@ class StreamsMixin:
         # Also where no new row is kept, as parameters or calibration scores may have changed since.
         extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         extended._sample = sample.state() | {"n_scores": len(extended.calibration_scores_)}
-        vars(self).update(vars(extended))
+        self._become(extended)
         if n_added > 0:
             warnings.warn(
                 f"The {n_added} calibration scores that recalibrate added are left out, as partial_fit fits anew. Give "
@@ -192,8 +191,7 @@ class StreamsMixin:
         fitted._sample = sample.state()
         fitted._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         fitted._keep_rows(sample.rows, groups)
-        self.__dict__.pop("_sample", None)
-        vars(self).update(vars(fitted))
+        self._become(fitted)
         return self
 
     def _checked_parts(self, parts: Iterable[Any], extractor: FeatureExtractor) -> Iterator[NDArray[np.number]]:
@@ -272,6 +270,10 @@ class StreamsMixin:
             else:
                 parts = parts_of_sequence(as_images(X, white_level), batch_size)
         return answers_in_order(self.assess, not_empty(parts))
+
+    def _become(self, fitted: Self) -> None:
+        """Take over all of a copy that was fitted: after an error on the way, the detector is as it was."""
+        self.__dict__ = vars(fitted)
 
     def _training_data(self, X: Any, groups: Any) -> tuple[NDArray[np.number], Any]:
         """Fit the feature extractor, and return the feature matrix with its groups.

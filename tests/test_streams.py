@@ -203,6 +203,30 @@ def test_a_part_that_is_refused_changes_nothing(X, groups, message):
     assert_same(DFKDEDetector(n_components=3).fit(ROWS), detector)
 
 
+@pytest.mark.parametrize("method", ["fit", "fit_predict", "partial_fit"])
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_a_stream_that_ends_with_an_error_leaves_the_detector_as_it_was(kind, method):
+    def stream():
+        yield from IMAGES[:10]
+        raise RuntimeError("no camera")
+
+    detector = clone(DETECTORS[kind]).fit(IMAGES)
+    expected = detector.score_samples(IMAGES)
+    detector.set_params(features__orientations=8)
+    with pytest.raises(RuntimeError, match="no camera"):
+        getattr(detector, method)(stream())
+    np.testing.assert_array_equal(detector.score_samples(IMAGES), expected)
+    detector.set_params(features__orientations=4)
+    assert_same(clone(detector).fit(np.concatenate([IMAGES, IMAGES[:9] // 2])), detector.partial_fit(IMAGES[:9] // 2))
+
+
+def test_a_fit_to_rows_without_names_forgets_those_of_an_earlier_fit():
+    pandas = pytest.importorskip("pandas")
+    detector = DFKDEDetector(n_components=3).fit(pandas.DataFrame(ROWS, columns=list("abcdefghijkl")))
+    assert hasattr(detector, "feature_names_in_")
+    assert not hasattr(detector.fit(ROWS), "feature_names_in_")
+
+
 def test_a_first_part_that_is_refused_leaves_the_detector_unfitted():
     detector = DFKDEDetector(n_components=3)
     with pytest.raises(ValueError, match="do not differ"):
