@@ -125,9 +125,16 @@ def stream_items(X: Iterable[Any]) -> Iterator[Any]:
     for number, item in enumerate(X):
         found = _image_of(item, f"item {number} of the stream")
         if isinstance(found, list) or (isinstance(found, np.ndarray | torch.Tensor) and found.ndim == 4):
-            yield from found
+            yield from map(_own, found)
         else:
-            yield found
+            yield _own(found)
+
+
+def _own(image: Any) -> Any:
+    """Return a copy of an array or tensor: a camera may write its next image into the same memory."""
+    if isinstance(image, torch.Tensor):
+        return image.clone()
+    return image.copy() if isinstance(image, np.ndarray) else image
 
 
 def _image_of(item: Any, name: str) -> Any:

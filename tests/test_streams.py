@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
@@ -400,3 +401,21 @@ def test_streams_of_a_detector_that_is_not_fitted_are_refused_at_once():
         DFKDEDetector().score_stream(IMAGES)
     with pytest.raises(ValueError, match="batch_size"):
         DFKDEDetector().fit(ROWS).score_stream(ROWS, batch_size=0)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_stream_may_write_all_images_into_the_same_memory(kind):
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32), dtype=np.uint8)
+    buffer = images[0].copy()
+
+    def camera():
+        for image in images:
+            buffer[:] = image
+            yield kind(buffer)
+
+    detector = DFKDEDetector(ScatteringFeatures(scales=2, image_size=32), n_components=3)
+    expected = clone(detector).fit(list(images))
+    detector.fit(camera())
+    np.testing.assert_array_equal(detector.score_samples(list(images)), expected.score_samples(list(images)))
+    found = [assessment.log_density for assessment in detector.score_stream(camera(), batch_size=5)]
+    np.testing.assert_allclose(found, expected.score_samples(list(images)), rtol=1e-5)

@@ -105,7 +105,7 @@ def parts_of_rows(X: Any) -> Iterator[Part]:
             yield Part(len(rows), partial(_of_rows, rows))
         return
     for item in X:
-        rows = np.atleast_2d(np.asarray(item))
+        rows = np.atleast_2d(np.array(item))  # a copy, as the next rows may come in the same memory
         yield Part(len(rows), partial(_of_rows, rows))
 
 
