@@ -108,7 +108,7 @@ def main() -> None:
                 if is_folded and n == 8 and n_threads == 1:
                     assert eager > 1.2 * here, f"{name}: {eager / here:.2f} times eager"
     if options.write and not options.quick:
-        write_figure("engines", written)
+        write_figure("engines_times", written)
 
 
 if __name__ == "__main__":
