@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from dfkde_sklearn._cli.arguments import add_force_argument, add_quiet_argument
+from dfkde_sklearn._cli.changes import add_change_arguments, change_model
 from dfkde_sklearn._cli.exit_codes import DONE
-from dfkde_sklearn._cli.files import check_new
-from dfkde_sklearn._cli.groups import add_groups_argument, image_groups
-from dfkde_sklearn._cli.images import add_images_argument, described, image_paths
-from dfkde_sklearn._cli.models import (
-    add_extractor_arguments,
-    add_model_argument,
-    has_training_rows,
-    loaded_detector,
-    save_detector,
-)
-from dfkde_sklearn._cli.output import print_facts, say
 
 
 def add_parser(commands: Any) -> None:
@@ -33,43 +21,10 @@ def add_parser(commands: Any) -> None:
         "fit, and images taken in before, do not belong among them. A file of dfkde score --monitor belongs to "
         "the model as it was: begin a new one.",
     )
-    add_model_argument(command)
-    add_images_argument(command, "new good images")
-    command.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the file for the recalibrated model (default: MODEL, which is replaced once the new one is complete)",
-    )
-    add_groups_argument(command, "where several do")
-    add_extractor_arguments(command)
-    add_force_argument(command)
-    add_quiet_argument(command)
+    add_change_arguments(command, "where several do")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    from dfkde_sklearn._cli.summary import expected_rate
-
-    paths = image_paths(options)
-    groups = image_groups(options, paths)
-    # Without -o, to replace the model is what was asked for.
-    output, force = (options.model, True) if options.output is None else (options.output, options.force)
-    check_new(output, force)
-    detector = loaded_detector(options)
-    before, n_before = detector.offset_, len(detector.calibration_scores_)
-    say(options, f"Scoring {len(paths)} images")
-    detector.recalibrate(paths, groups=groups)
-    save_detector(detector, output, force, training_rows=has_training_rows(detector))
-
-    print_facts(
-        {
-            "Good images": described(paths, groups),
-            "Calibration scores": f"{len(detector.calibration_scores_)}, before {n_before}",
-            "Threshold": f"score {detector.offset_:.2f}, before {before:.2f}",
-            **expected_rate(detector),
-            "Model": str(output),
-        }
-    )
+    change_model(options, "Scoring", lambda detector, paths, groups: detector.recalibrate(paths, groups=groups))
     return DONE
