@@ -117,7 +117,7 @@ class Backbone:
             if key not in self._compiled:
                 try:
                     compiled = CompiledNetwork(self.network, layers, size, engine)
-                    ratio = compiled.difference(self.network, size)
+                    ratio = difference(self.network, compiled, size, layers)
                 except Exception as error:  # whatever exporters and engines raise
                     raise ValueError(
                         f"engine={engine!r} cannot run backbone {name!r}: {error}. Use engine='torch'."
@@ -138,7 +138,7 @@ class Backbone:
         try:
             self._changed = optimize(fast, size)
             if self._changed:
-                ratio = difference(self.network, fast, size)
+                ratio = difference(self.network, fast, size, [])
                 fault = "" if ratio <= MAX_DIFFERENCE else f"differs by {ratio:.0e} of the largest value"
         except Exception as error:  # whatever a network's own code raises
             fault = f"fails: {error!r}"

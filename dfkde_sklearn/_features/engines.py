@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dfkde_sklearn._features.layers import LayersRead, embedding, visit_layers
+from dfkde_sklearn._features.layers import OtherRuntime, embedding
 from dfkde_sklearn._threads import Lock, n_single_cores
 
 # The extra of pyproject.toml that installs each engine; the network comes to both as ONNX.
@@ -79,7 +79,7 @@ def onnx_program(module: nn.Module, example: Tensor, name: str, outputs: Sequenc
     return program.model_proto.SerializeToString()
 
 
-class CompiledNetwork(nn.Module):
+class CompiledNetwork(OtherRuntime):
     """What an engine makes of a network: images to the outputs of some layers; it ends after the last of them.
 
     Parameters
@@ -105,29 +105,11 @@ class CompiledNetwork(nn.Module):
         self._runs: OrderedDict[tuple[int, int], Run] = OrderedDict()
         self._making = Lock(threading.RLock)
 
-    def visit(self, batch: Tensor, layers: list[str], visit: Callable[[str, Tensor], None]) -> None:
-        """Call ``visit(name, output)`` for layers, as `visit_layers` does."""
+    def outputs(self, batch: Tensor, layers: list[str]) -> dict[str, Tensor]:
+        """Return what these layers return for images."""
         outputs = self._run()(np.ascontiguousarray(batch.detach().float().numpy()))
         found = dict(zip(self.layers, outputs, strict=True))
-        try:
-            for layer in layers or [""]:
-                visit(layer, torch.from_numpy(found[layer]))
-        except LayersRead:
-            pass
-
-    def difference(self, network: nn.Module, size: tuple[int, int]) -> float:
-        """Return the largest difference from a network for noise, relative to the largest value of the layer."""
-        images = torch.randn(TRACED_ROWS, 3, *size, generator=torch.Generator().manual_seed(0))
-        expected: dict[str, Tensor] = {}
-        visit_layers(network, images, self.layers, lambda layer, output: expected.__setitem__(layer, output.clone()))
-        ratios: list[float] = []
-
-        def compare(layer: str, output: Tensor) -> None:
-            largest = expected[layer].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            ratios.append(float((output - expected[layer]).abs().max() / largest))
-
-        self.visit(images, self.layers, compare)
-        return max(ratios) if all(ratio == ratio for ratio in ratios) else float("nan")
+        return {layer: torch.from_numpy(found[layer]) for layer in layers}
 
     def _run(self) -> Run:
         """Return the function that runs the network with as many threads as are to share a pass here."""

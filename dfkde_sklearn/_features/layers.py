@@ -54,11 +54,24 @@ class LayerFormat(NamedTuple):
     grid: tuple[int, int] | None
 
 
+class OtherRuntime(nn.Module):
+    """A network that another runtime than torch computes."""
+
+    def outputs(self, batch: Tensor, layers: list[str]) -> dict[str, Tensor]:
+        """Return what these layers return for images."""
+        raise NotImplementedError
+
+
 def visit_layers(network: nn.Module, batch: Tensor, layers: list[str], visit: Callable[[str, Any], None]) -> None:
     """Run a forward pass and call ``visit(name, output)`` when a layer returns.
 
     "" among the layers, or no layer at all, is the embedding.
     """
+    if isinstance(network, OtherRuntime):
+        with suppress(LayersRead):
+            for layer, output in network.outputs(batch, layers or [""]).items():
+                visit(layer, output)
+        return
     like = _weight(network, batch)
     thread = threading.get_ident()
 

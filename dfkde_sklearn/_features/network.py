@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dfkde_sklearn._device import as_device
 from dfkde_sklearn._document import is_integer_from, is_list_of, is_number, is_one_of, is_positive, is_text, is_tuple_of
 from dfkde_sklearn._features.backbones import Backbone, borrowed, full_name, module_name, named_backbone
-from dfkde_sklearn._features.engines import ENGINES, CompiledNetwork, engine_version
+from dfkde_sklearn._features.engines import ENGINES, engine_version
 from dfkde_sklearn._features.extractor import IS_GRID, MAX_SIDE, FeatureExtractor
 from dfkde_sklearn._features.layers import (
     LayersRead,
@@ -689,10 +689,7 @@ def _rows_at_once(network: nn.Module, batch: Tensor, wanted: Wanted) -> list[Ten
         if len(seen) == n_layers:
             raise LayersRead
 
-    if isinstance(network, CompiledNetwork):
-        network.visit(batch, _layers(wanted), describe)
-    else:
-        visit_layers(network, batch, _layers(wanted), describe)
+    visit_layers(network, batch, _layers(wanted), describe)
     return [extractor.joined([parts[i, layer] for layer in layers]) for i, (extractor, layers) in enumerate(wanted)]
 
 

@@ -46,18 +46,24 @@ def optimize(network: nn.Module, size: tuple[int, int]) -> frozenset[str]:
     return changed
 
 
-def difference(network: nn.Module, other: nn.Module, size: tuple[int, int]) -> float:
-    """Return the largest difference between the embeddings of noise by two networks, relative to the largest value.
+def difference(network: nn.Module, other: nn.Module, size: tuple[int, int], layers: list[str]) -> float:
+    """Return the largest difference between outputs of two networks for noise, relative to the largest of its layer.
 
-    It is NaN where one of them is.
+    It is NaN where one of them is. No layers are the embedding.
     """
     images = torch.randn(_N_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
-    found: list[Tensor] = []
-    for one in (network, other):
-        visit_layers(one, images, [], lambda _, output: found.append(output.clone()))
-    expected, values = found
-    largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((values - expected).abs().max() / largest)
+
+    def outputs(of: nn.Module) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        visit_layers(of, images, layers, lambda layer, output: found.__setitem__(layer, output.clone()))
+        return found
+
+    expected, values = outputs(network), outputs(other)
+    ratios = []
+    for layer, output in expected.items():
+        largest = output.abs().max().clamp_min(torch.finfo(output.dtype).tiny)
+        ratios.append((values[layer] - output).abs().max() / largest)
+    return float(torch.stack(ratios).max())
 
 
 class FoldedBatchNorm(nn.Module):

@@ -82,7 +82,7 @@ def test_batch_norms_without_parameters_and_convolutions_with_bias_are_folded():
     fast = copy.deepcopy(plain)
     assert optimize(fast, SIZE) == {"0"}
     assert isinstance(fast[1], FoldedBatchNorm)
-    assert difference(plain, fast, SIZE) < 1e-6
+    assert difference(plain, fast, SIZE, []) < 1e-6
 
 
 class Reused(nn.Module):
