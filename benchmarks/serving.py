@@ -155,7 +155,7 @@ def main():
     # With room for what else the machine does.
     assert rate["serve.py", 8] >= 0.95 * rate["serve.py", 1], "requests at once are slower than one by one"
     assert rate["serve.py", 64] >= 0.95 * rate["serve.py", 1], "requests at once are slower than one by one"
-    assert rate["serve.py", 8] >= 0.9 * rate["bare FastAPI", 8], "the server is slower than a bare one"
+    assert rate["serve.py", 8] >= 1.1 * rate["bare FastAPI", 8], "the server is hardly faster than a bare one"
     return None
 
 
