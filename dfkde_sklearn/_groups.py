@@ -87,7 +87,7 @@ def group_labels(groups: Any) -> list[str]:
 def _given_labels(groups: Any) -> list[Any]:
     """Return the labels as they are; raise a ValueError if one is missing."""
     values = _labels(groups)
-    missing = [i for i, value in enumerate(values) if _is_missing(value)]
+    missing = [i for i, value in enumerate(values) if is_missing(value)]
     if missing:
         raise ValueError(
             f"groups[{missing[0]}] is {values[missing[0]]}: {len(missing)} of {len(values)} labels are missing. Give "
@@ -113,7 +113,8 @@ def _labels(groups: Any) -> list[Any]:
     return list(array)
 
 
-def _is_missing(label: Any) -> bool:
+def is_missing(label: Any) -> bool:
+    """Return whether a label stands for none: None, NaN, or pandas' NA."""
     try:
         return label is None or bool(label != label)
     except (TypeError, ValueError):  # of pandas.NA no truth is known

@@ -428,7 +428,7 @@ def as_images(X: Any, white_level: int | None = None, first: int = 0) -> Images:
     (5, 'RGB', (48, 32))
     """
     if isinstance(X, Images):
-        return X if white_level in (None, X.white_level) else Images(X._items, white_level)
+        return X if white_level in (None, X.white_level) else Images(X._items, white_level, X._first)
     X = unpacked(X)
     if isinstance(X, str | os.PathLike):
         _check_path(X, "images")

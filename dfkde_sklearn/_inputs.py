@@ -149,6 +149,13 @@ def _image_of(item: Any, name: str) -> Any:
         return next(iter(images.values()))
     if isinstance(item, tuple | list):
         if _are_images(item):
+            # A list is a batch, but not of batches: a `DataLoader` makes one of the batches of images and of masks.
+            is_sample = isinstance(item, tuple) or any(getattr(image, "ndim", 0) == 4 for image in item)
+            if is_sample and len({_kind(image) for image in item}) > 1:
+                raise TypeError(
+                    f"{name} is a {type(item).__name__} of images of several kinds, such as images and masks. Give the "
+                    "images alone, for example (image for image, mask in X)."
+                )
             # Of one tensor, a `TensorDataset` makes such tuples, and a `DataLoader` lists of one batch.
             return item[0] if len(item) == 1 else list(item)
         if item and (_is_image(item[0]) or (isinstance(item[0], list | tuple) and _are_images(item[0]))):
@@ -161,6 +168,13 @@ def _are_images(values: Sequence[Any]) -> bool:
     """Return whether there are images only, and not an image beside its path, which is a label."""
     is_path = [isinstance(value, str | os.PathLike) for value in values]
     return bool(values) and all(map(_is_image, values)) and (is_path[0] or not any(is_path))
+
+
+def _kind(image: Any) -> Any:
+    """Return what differs between an image and a mask of its size: the number of channels, or PIL's mode."""
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return tuple(sorted(image.shape)[:-2])
+    return getattr(image, "mode", None)
 
 
 def _is_image(value: Any) -> bool:

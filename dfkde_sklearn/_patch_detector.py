@@ -544,9 +544,9 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         check_is_fitted(self)
         from dfkde_sklearn._deploy.position_model import PatchDfkdeModel
 
-        if self.flips is not None:
+        if self._flips is not None:
             raise ValueError(
-                f"flips={self.flips!r} takes several passes through the network, and the module makes one. Fit with "
+                f"flips={self._flips!r} takes several passes through the network, and the module makes one. Fit with "
                 "flips=None."
             )
         extractor = self.features_.as_module() if isinstance(self.features_, FeatureExtractor) else None
@@ -629,29 +629,37 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
 
         return TimmFeatures(pooling=None, device=self.device)
 
+    def _begin(self, X: Any) -> None:
+        super()._begin(X)
+        self._flips = self.flips
+
+    def _changed_parameters(self) -> dict[str, tuple[Any, Any]]:
+        changed = super()._changed_parameters()
+        return changed if self.flips == self._flips else changed | {"flips": (self._flips, self.flips)}
+
     def _reads_parts(self) -> bool:
-        return self.flips is None
+        return self._flips is None
 
     def _whole_table(self, X: Any, *, reset: bool) -> NDArray[np.number]:
         """Return the vectors (n, P, C) of images at once; with `reset`, the feature extractor is fitted first."""
         if self.features_ is None:
-            if self.flips is not None and reset:
-                raise ValueError(f"flips={self.flips!r} needs images, and X holds features. Leave it out.")
+            if self._flips is not None and reset:
+                raise ValueError(f"flips={self._flips!r} needs images, and X holds features. Leave it out.")
             return self._validated(X, reset=reset)
         # The parts of a union read X one after the other.
-        if self.flips is not None or not isinstance(self.features_, FeatureExtractor):
+        if self._flips is not None or not isinstance(self.features_, FeatureExtractor):
             X = repeatable(X)
         features = self.features_.fit_transform(X) if reset else self.features_.transform(X)
         return self._validated(self._flip_averaged(features, X), reset=reset)
 
     def _flip_averaged(self, features: Any, X: Any) -> Any:
         """Return the mean of features (n, h, w, C) and of those of flipped images, flipped back."""
-        passes = _FLIPS[self.flips]
+        passes = _FLIPS[self._flips]
         if not passes:
             return features
         if not isinstance(self.features_, FeatureExtractor) or self.features_.grid_shape_ is None:
             raise ValueError(
-                f"flips={self.flips!r} needs TimmFeatures or ScatteringFeatures with pooling=None, whose features can "
+                f"flips={self._flips!r} needs TimmFeatures or ScatteringFeatures with pooling=None, whose features can "
                 f"be flipped back; features={self.features_!r}."
             )
         total = features.astype(np.float64)
@@ -708,6 +716,11 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
 
     def _buffers(self) -> PositionBuffers:
         """Return the fitted state as buffers of a torch module, on the CPU."""
+        if self.flips != self._flips:
+            raise ValueError(
+                f"flips={self.flips!r} was set after the fit, which had flips={self._flips!r}. Fit anew, or set it "
+                "back."
+            )
         buffers = PositionBuffers(self.n_lowest, float(self.threshold_steepness), float(self.offset_))
         # A copy: torch warns of read-only arrays, such as memory maps.
         scores = torch.from_numpy(np.array(self.calibration_scores_))
@@ -732,6 +745,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         self.classes_ = np.array([-1, 1])
         self.n_features_in_ = buffers.n_features
         self.features_ = extractor
+        self._flips = self.flips
 
     def _exported_answers(self, X: Any) -> Expected:
         """Return what an exported file must answer for X."""

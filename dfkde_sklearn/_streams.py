@@ -6,7 +6,9 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
-from numbers import Integral
+from numbers import Integral, Number
+from os import PathLike
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -84,8 +86,9 @@ class StreamsMixin:
         ------
         ValueError
             If `fit` kept no rows, as they take more than 64 MiB or are of groups that were drawn; if the detector was
-            read from a file that was saved without ``training_rows=True``; if `groups` are given in some calls only; or
-            as `fit`. The detector is then as it was.
+            read from a file that was saved without ``training_rows=True``; if `groups` are given in some calls only; if
+            parameters that decide how an image is described have changed since the first call; or as `fit`. The
+            detector is then as it was.
         TypeError
             As `fit`.
 
@@ -112,6 +115,12 @@ class StreamsMixin:
             extended._begin(X)
             sample = RowSample(self.max_samples, extended._seed)
         else:
+            if changed := self._changed_parameters():
+                names = ", ".join(f"{name}: {old!r:.80} became {new!r:.80}" for name, (old, new) in changed.items())
+                raise ValueError(
+                    f"The kept rows were computed with other parameters than this call has ({names}). Set them back, "
+                    "or give all data to a new detector, clone(detector)."
+                )
             sample = RowSample.from_state(kept, self.max_samples)
         _add(sample, extended._parts(X, reset=kept is None), groups, self.max_samples)
         # Also where no new row is kept, as parameters or calibration scores may have changed since.
@@ -312,6 +321,21 @@ class StreamsMixin:
             yield self._validated(part, reset=reset)
             reset = False
 
+    def _changed_parameters(self) -> dict[str, tuple[Any, Any]]:
+        """Return the parameters of the features that changed since the fit, by name: the old value and the new."""
+        if isinstance(self.features, str):
+            return {}
+        if not isinstance(self.features, type(self.features_)):
+            return {"features": (self.features_, self.features)}
+        if self.features is None:
+            return {}
+        old, new = self.features_.get_params(), self.features.get_params()
+        return {
+            f"features__{name}": (old.get(name), new.get(name))
+            for name in sorted(old.keys() | new.keys())
+            if _differ(old.get(name), new.get(name))
+        }
+
     def _begin(self, X: Any) -> None:
         """Begin anew: draw a seed, and set `features_` to a new feature extractor, or None for a feature matrix X."""
         self.__dict__.pop("_sample", None)
@@ -322,6 +346,16 @@ class StreamsMixin:
             self.features_ = self._default_extractor()
         else:
             self.features_ = clone(self.features)
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Return whether a parameter has changed, as far as one can see: copies of objects need not be equal."""
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) != len(new) or any(map(_differ, old, new))
+    plain = (str, PathLike, Number, NoneType)
+    if isinstance(old, plain) and isinstance(new, plain):
+        return bool(old != new and (old == old or new == new))  # unless both are NaN
+    return type(old) is not type(new)
 
 
 def _add(sample: RowSample, parts: Iterable[NDArray[Any]], groups: Any, max_samples: int | None) -> None:

@@ -128,6 +128,21 @@ def test_a_container_gives_the_scores_of_the_list(name, folder, detectors):
     assert [of_image.shape for of_image in maps] == [(32, 32)] * 24
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ((picture, picture.resize((32, 32)).convert("1")) for picture in PICTURES),
+        lambda: zip(np.repeat(IMAGES[..., None], 3, 3), IMAGES, strict=True),
+        lambda: TensorDataset(tensors().expand(-1, 3, -1, -1), tensors()),
+        lambda: DataLoader(TensorDataset(tensors().expand(-1, 3, -1, -1), tensors()), batch_size=5),
+    ],
+)
+def test_images_beside_their_masks_are_not_taken_for_twice_as_many(make, detectors):
+    for detector in detectors:
+        with pytest.raises(TypeError, match="of images of several kinds, such as images and masks"):
+            detector.score_samples(make())
+
+
 def test_flips_read_a_stream_once():
     features = ScatteringFeatures(image_size=32, pooling=None)
     detector = PatchDFKDEDetector(features, flips="horizontal").fit(iter(PICTURES))

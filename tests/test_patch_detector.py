@@ -343,6 +343,16 @@ def test_another_grid_is_refused(detector):
         PatchDFKDEDetector().predict(NEW)
 
 
+def test_flips_are_those_of_the_fit(textures, tmp_path):
+    detector = PatchDFKDEDetector(ScatteringFeatures(scales=2, image_size=32, pooling=None), flips="all")
+    expected = detector.fit(textures.X_train).score_samples(textures.X_test)
+    np.testing.assert_array_equal(detector.set_params(flips=None).score_samples(textures.X_test), expected)
+    with pytest.raises(ValueError, match=r"flips=None was set after the fit, which had flips='all'\."):
+        detector.save(tmp_path / "model")
+    detector.set_params(flips="all").save(tmp_path / "model")
+    np.testing.assert_array_equal(PatchDFKDEDetector.load(tmp_path / "model").score_samples(textures.X_test), expected)
+
+
 def test_flips_need_images(textures):
     with pytest.raises(ValueError, match="with pooling=None, whose features can be flipped back"):
         PatchDFKDEDetector(ScatteringFeatures(), flips="all").fit(textures.X_train)

@@ -1,6 +1,7 @@
 """Streams: `partial_fit`, fits in bounded memory, and answers in order."""
 
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -156,6 +157,40 @@ def test_rows_that_are_not_kept_make_a_fit_all_the_same():
     assert_same(expected, detector)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changed", "named"),
+    [
+        ("pooled", {"features__scales": 3}, "features__scales: 2 became 3"),
+        ("pooled", {"features": None}, "features: ScatteringFeatures"),
+        ("pooled", {"features": FeatureUnion([("maps", MAPS)])}, "features: ScatteringFeatures"),
+        ("positions", {"features__white_level": 4095}, "features__white_level: 65535 became 4095"),
+        ("positions", {"flips": "all"}, "flips: None became 'all'"),
+    ],
+)
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_images_are_described_as_those_before_or_refused(kind, changed, named, is_loaded, tmp_path):
+    detector = clone(DETECTORS[kind]).fit(IMAGES[:50])
+    if is_loaded:
+        detector.save(tmp_path / "model", training_rows=True)
+        detector = type(detector).load(tmp_path / "model")
+    before = pickle.dumps({name: value for name, value in vars(detector).items() if name.endswith("_")})
+    old = {name: detector.get_params()[name] for name in changed}
+    detector.set_params(**changed)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        detector.partial_fit(IMAGES[50:])
+    assert pickle.dumps({name: value for name, value in vars(detector).items() if name.endswith("_")}) == before
+    detector.set_params(**old).partial_fit(IMAGES[50:])
+    assert len(detector.calibration_scores_) == 60
+
+
+def test_a_union_is_the_same_union_in_the_next_call():
+    union = FeatureUnion([("one", POOLED), ("pca", PCA(2))])
+    detector = DFKDEDetector(union.set_params(pca="drop"), n_components=3).fit(IMAGES[:50])
+    detector.partial_fit(IMAGES[50:])
+    with pytest.raises(ValueError, match="features__one__scales: 2 became 3"):
+        detector.set_params(features__one=clone(POOLED).set_params(scales=3)).partial_fit(IMAGES[50:])
+
+
 def test_the_parts_of_a_union_read_the_same_stream():
     union = FeatureUnion([("one", POOLED), ("other", ScatteringFeatures(scales=1, orientations=4, image_size=32))])
     detector = DFKDEDetector(union, n_components=3)
@@ -213,7 +248,8 @@ def test_a_stream_that_ends_with_an_error_leaves_the_detector_as_it_was(kind, me
 
     detector = clone(DETECTORS[kind]).fit(IMAGES)
     expected = detector.score_samples(IMAGES)
-    detector.set_params(features__orientations=8)
+    if method != "partial_fit":
+        detector.set_params(features__orientations=8)
     with pytest.raises(RuntimeError, match="no camera"):
         getattr(detector, method)(stream())
     np.testing.assert_array_equal(detector.score_samples(IMAGES), expected)

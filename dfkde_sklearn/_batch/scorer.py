@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn._batch.columns import COLUMNS, assessed
 from dfkde_sklearn._batch.models import here, load_detector, once_a_process, sha256_of
@@ -105,8 +106,8 @@ class _OnBatches(metaclass=ABCMeta):
             for row in images:
                 self._check(list(row))
             known, images = images, [row[self.column] for row in images]
-        elif len(images) and isinstance(images[0], str | os.PathLike):
-            known = [{"path": os.fspath(path)} for path in images]
+        elif any(isinstance(image, str | os.PathLike) for image in images):
+            known = [{"path": os.fspath(path) if isinstance(path, str | os.PathLike) else None} for path in images]
         rows = zip(*map(_listed, self._columns(images).values()), strict=True)
         return [
             {**mapping, **dict(zip(self._names, row, strict=True))} for mapping, row in zip(known, rows, strict=True)
@@ -189,8 +190,8 @@ class BatchScorer(_OnBatches):
         Where a batch has columns, the one of the images: paths that all machines can read, the bytes of image files,
         or arrays.
     skip_broken : bool, default=False
-        Whether an image that cannot be read, or is not there, is no error: its verdict is "broken", with the reason,
-        and its numbers are NaN.
+        Whether an image that cannot be read, is not there, or is missing in a column (None, NaN, ""), is no error: its
+        verdict is "broken", with the reason, and its numbers are NaN.
     sha256 : str, default=None
         The SHA-256 that the file must have wherever it is loaded, as ``sha256sum`` prints it, or in capital letters.
         None: that of the file when this object is made, if it is there.
@@ -348,8 +349,12 @@ class BatchTransformer(_OnBatches):
         if len(images):
             return {"features": self.transform(images)}
         extractor = self._extractor()
+        check_is_fitted(extractor)
         grid = getattr(extractor, "grid_shape_", None) or ()
-        return {"features": np.empty((0, *grid, extractor.n_features_out_ // prod(grid)), np.float32)}
+        n_features = getattr(extractor, "n_features_out_", None)
+        if n_features is None:  # of scikit-learn's, such as a union
+            n_features = len(extractor.get_feature_names_out())
+        return {"features": np.empty((0, *grid, n_features // prod(grid)), np.float32)}
 
 
 def _items(batch: Any) -> Any:

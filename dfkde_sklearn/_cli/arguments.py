@@ -111,7 +111,7 @@ def add_run_arguments(group: Any) -> None:
     add_batch_size_argument(group)
     group.add_argument(
         "--cache",
-        type=Path,
+        type=file_path,
         metavar="FOLDER",
         help="keep the features in this folder, which is made if it does not exist, and reuse those that are there; "
         "see dfkde cache",
@@ -192,6 +192,13 @@ def bandwidth(text: str) -> float | str:
 def layers(text: str) -> list[str]:
     """Return names of layers, which commas separate."""
     return text.split(",")
+
+
+def file_path(text: str) -> Path:
+    """Return a path; an empty one, as of an unset variable of a shell, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty. For the current folder use '.'")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from dfkde_sklearn._cli.arguments import file_path
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.output import print_facts
 
@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         epilog="Example: dfkde cache size features, after dfkde fit parts/good --cache features",
     )
     command.add_argument("action", choices=("size", "clear"), help="size: print the size; clear: empty the cache first")
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of the cache")
+    command.add_argument("folder", type=file_path, metavar="FOLDER", help="the folder of the cache")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkde_sklearn._cli.arguments import add_force_argument, add_quiet_argument
+from dfkde_sklearn._cli.arguments import add_force_argument, add_quiet_argument, file_path
 from dfkde_sklearn._cli.files import check_new
 from dfkde_sklearn._cli.groups import add_groups_argument, image_groups
 from dfkde_sklearn._cli.images import add_images_argument, described, image_paths
@@ -31,7 +30,7 @@ def add_change_arguments(command: argparse.ArgumentParser, groups_purpose: str) 
     command.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="the file for the new model (default: MODEL, which is replaced once the new one is complete)",
     )

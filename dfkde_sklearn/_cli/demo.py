@@ -15,6 +15,7 @@ from dfkde_sklearn._cli.arguments import (
     add_quiet_argument,
     detector_class,
     detector_parameters,
+    file_path,
 )
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, check_png, png, write_new
@@ -54,7 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     command.add_argument(
         "--out",
-        type=Path,
+        type=file_path,
         metavar="PATH",
         help=f"the picture: a name that ends in .png, or a folder for {PICTURE}, which replaces an earlier one there "
         "(default: the current folder)",
@@ -68,7 +69,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="determines the images (default: %(default)s)")
     command.add_argument(
         "--images",
-        type=Path,
+        type=file_path,
         metavar="FOLDER",
         help="also write the images to this new folder, in the MVTec layout, to try fit and score on",
     )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkde_sklearn._cli.arguments import add_force_argument, add_quiet_argument, add_reading_arguments, positive
+from dfkde_sklearn._cli.arguments import (
+    add_force_argument,
+    add_quiet_argument,
+    add_reading_arguments,
+    file_path,
+    positive,
+)
 from dfkde_sklearn._cli.exit_codes import DONE, LABELS_DIFFER
 from dfkde_sklearn._cli.files import check_distinct, check_new
 from dfkde_sklearn._cli.images import paths_at
@@ -36,7 +41,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=file_path,
         required=True,
         metavar="FILE",
         help="the file to write: a name that ends in .onnx or in .pt2",

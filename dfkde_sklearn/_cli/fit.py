@@ -14,6 +14,7 @@ from dfkde_sklearn._cli.arguments import (
     add_run_arguments,
     detector_class,
     detector_parameters,
+    file_path,
     given,
     layers,
     rate,
@@ -55,7 +56,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "-o",
         "--model",
-        type=Path,
+        type=file_path,
         default=MODEL,
         metavar="FILE",
         help="the file for the detector (default: %(default)s)",

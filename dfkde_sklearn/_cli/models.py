@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dfkde_sklearn._cli.arguments import add_run_arguments, given, weights_advice
+from dfkde_sklearn._cli.arguments import add_run_arguments, file_path, given, weights_advice
 from dfkde_sklearn._cli.files import check_new
 from dfkde_sklearn._cli.output import shows_progress
 
@@ -26,7 +26,7 @@ _Content = TypeVar("_Content")
 
 def add_model_argument(command: argparse.ArgumentParser) -> None:
     """Add MODEL."""
-    command.add_argument("model", type=Path, metavar="MODEL", help="a file from dfkde fit or DFKDEDetector.save")
+    command.add_argument("model", type=file_path, metavar="MODEL", help="a file from dfkde fit or DFKDEDetector.save")
 
 
 def add_extractor_arguments(command: argparse.ArgumentParser) -> None:

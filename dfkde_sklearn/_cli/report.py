@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dfkde_sklearn._cli.arguments import add_force_argument, add_quiet_argument
+from dfkde_sklearn._cli.arguments import add_force_argument, add_quiet_argument, file_path
 from dfkde_sklearn._cli.exit_codes import DONE
 from dfkde_sklearn._cli.files import check_new, write_new
 from dfkde_sklearn._cli.images import add_images_argument, image_paths, paths_at
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=file_path,
         default=Path("dfkde-report.html"),
         metavar="FILE",
         help="the page (default: %(default)s)",

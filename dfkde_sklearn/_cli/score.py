@@ -12,6 +12,7 @@ from dfkde_sklearn._cli.arguments import (
     add_confidence_argument,
     add_force_argument,
     add_quiet_argument,
+    file_path,
     given,
     positive,
     rate,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 STDOUT = Path("-")
 # What needs all images, or shows them, and not those of a shard.
-_NOT_OF_SHARDS = ("fdr", "groups", "top", "csv", "json", "jsonl", "sheet", "maps", "monitor")
+_NOT_OF_SHARDS = ("fdr", "groups", "sort", "top", "csv", "json", "jsonl", "sheet", "maps", "masks", "monitor")
 FORMATS = {"csv": as_csv, "json": as_json, "jsonl": as_jsonl, "parquet": as_parquet}
 
 
@@ -83,9 +84,8 @@ def add_parser(commands: Any) -> None:
     order.add_argument(
         "--sort",
         choices=("score", "input"),
-        default="score",
         help="the order of the table: by score, the least normal image first, or as the images were given (default: "
-        "%(default)s)",
+        "score)",
     )
     order.add_argument(
         "--top", type=positive, metavar="N", help="print the N most anomalous images only; files hold all of them"
@@ -96,17 +96,20 @@ def add_parser(commands: Any) -> None:
         "jsonl": "a file of JSON objects, one a line",
     }.items():
         group.add_argument(
-            f"--{name}", type=Path, metavar="FILE", help=f"also write the table as {what}; - prints it instead"
+            f"--{name}", type=file_path, metavar="FILE", help=f"also write the table as {what}; - prints it instead"
         )
     group.add_argument(
-        "--parquet", type=Path, metavar="FILE", help="also write the table as a Parquet file; needs pyarrow or polars"
+        "--parquet",
+        type=file_path,
+        metavar="FILE",
+        help="also write the table as a Parquet file; needs pyarrow or polars",
     )
     group.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
+        "--sheet", type=file_path, metavar="FILE.png", help=f"also draw a picture of the {N_WORST} least normal images"
     )
     group.add_argument(
         "--maps",
-        type=Path,
+        type=file_path,
         metavar="FOLDER",
         help="also write into this folder, which is made if it does not exist, each image with its anomalous positions "
         "in red: IMAGE.map.png; needs a detector of positions",
@@ -133,7 +136,7 @@ def add_parser(commands: Any) -> None:
     )
     command.add_argument(
         "--monitor",
-        type=Path,
+        type=file_path,
         metavar="FILE",
         help="keep in this file, from run to run, whether the images, in the order in which they are given, still look "
         "like the training images; it is made if it does not exist. An alarm is printed, and --exit-code counts it. "
@@ -205,7 +208,8 @@ def run(options: argparse.Namespace) -> int:
         score, p_value, p_anomalous = map(decimal, values)
         rows[path] = Row(path, score, p_anomalous, p_value, "anomalous" if label == -1 else "normal", "")
     by_score = [rows[readable[i]] for i in worst_first(assessment)]
-    table = [*(rows[path] for path in broken), *by_score] if options.sort == "score" else [rows[path] for path in paths]
+    as_given = options.sort == "input"
+    table = [rows[path] for path in paths] if as_given else [*(rows[path] for path in broken), *by_score]
     n_anomalous = int((assessment.label == -1).sum())
     summary = f"{n_anomalous} of {len(readable)} images are anomalous."
 
@@ -253,6 +257,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_arguments(options: argparse.Namespace) -> None:
     """Raise an error if arguments contradict one another, or a library for them is not installed."""
+    if options.shard is not None:
+        if options.parquet is None:
+            raise ValueError("--shard writes a file for each shard into one folder. Give --parquet FOLDER too.")
+        for name in _NOT_OF_SHARDS:
+            if getattr(options, name):
+                raise ValueError(
+                    f"--{name} is for all images at once, and --shard scores a part of them. Leave --{name} out; the "
+                    "shards together have what it needs."
+                )
+    elif options.resume:
+        raise ValueError("--resume continues a shard. Give --shard K/N too; with --shard 1/1, one has all images.")
     if options.confidence is not None and options.fdr is not None:
         raise ValueError(
             "--confidence is that of --target-fpr, and --fdr takes the place of a threshold. Leave one out."
@@ -261,17 +276,6 @@ def _check_arguments(options: argparse.Namespace) -> None:
         raise ValueError("--groups says which images are one part, for --fdr and --monitor. Give one of them too.")
     if options.masks and options.maps is None:
         raise ValueError("--masks writes into the folder of --maps. Give --maps FOLDER too.")
-    if options.shard is not None:
-        if options.parquet is None:
-            raise ValueError("--shard writes a file for each shard into one folder. Give --parquet FOLDER too.")
-        for name in _NOT_OF_SHARDS:
-            if getattr(options, name) is not None:
-                raise ValueError(
-                    f"--{name} is for all images at once, and --shard scores a part of them. Leave --{name} out; the "
-                    "shards together have what it needs."
-                )
-    elif options.resume:
-        raise ValueError("--resume continues a shard. Give --shard K/N too; with --shard 1/1, one has all images.")
     if options.parquet is not None:
         if options.parquet == STDOUT:
             raise ValueError("--parquet - would print a file that is no text. Name a file, or print --jsonl -.")

@@ -21,6 +21,7 @@ from dfkde_sklearn._cli.arguments import (
     add_reading_arguments,
     bandwidth,
     detector_class,
+    file_path,
     layers,
     n_components,
     positive,
@@ -108,7 +109,11 @@ def add_parser(commands: Any) -> None:
     )
     add_images_argument(command, "good images, or one folder in the MVTec layout, as dfkde fit takes them")
     command.add_argument(
-        "-o", "--model", type=Path, metavar="FILE", help="also fit the best setting to all good images, and save it"
+        "-o",
+        "--model",
+        type=file_path,
+        metavar="FILE",
+        help="also fit the best setting to all good images, and save it",
     )
     group = command.add_argument_group("what is tried; each may be given several times")
     group.add_argument(

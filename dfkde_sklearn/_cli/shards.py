@@ -50,7 +50,7 @@ def score_shard(options: argparse.Namespace, detector: Any, paths: Sequence[str]
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--parquet {folder}: with --shard it is a folder, and this is a file. Name another.")
     paths = sorted(paths)
-    check_utf_8(paths)
+    check_utf_8(paths, "Rename the image.")
     facts = {
         _MODEL: sha256_of(options.model),
         _LIST: hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest(),
@@ -67,7 +67,7 @@ def score_shard(options: argparse.Namespace, detector: Any, paths: Sequence[str]
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists() and not options.force:
         summarize(options, f"Shard {k} of {n} is complete: {file}")
-        return _told(options, _read(file))
+        return _told(options, _checked(file, options))
     detector.features_.set_params(verbose=False)
     parts: list[Any] = []
     some_readable = False
@@ -77,7 +77,7 @@ def score_shard(options: argparse.Namespace, detector: Any, paths: Sequence[str]
             part = _part(file, start)
             if options.resume and part.exists():
                 _check(part, facts)
-                parts.append(_read(part))
+                parts.append(_checked(part, options))
                 some_readable = True
             else:
                 parts.append(arrow_table(_rows(detector, images, options.skip_broken)))
@@ -137,6 +137,18 @@ def _read(file: Path) -> Any:
         return importlib.import_module("pyarrow.parquet").ParquetFile(file).read()
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}. If it is damaged, remove it and start again.") from error
+
+
+def _checked(file: Path, options: argparse.Namespace) -> Any:
+    """Return what a file holds; without --skip-broken, an image in it that could not be read is an error."""
+    table = _read(file)
+    reasons = [reason for reason in table["reason"].to_pylist() if reason]
+    if reasons and not options.skip_broken:
+        raise ValueError(
+            f"{file} has {len(reasons)} images that could not be read, the first for this: {reasons[0]} Give "
+            "--skip-broken, as the earlier job did; or mend them, and score the whole shard anew with --force."
+        )
+    return table
 
 
 def _check(file: Path, facts: Mapping[str, str]) -> None:

@@ -70,7 +70,7 @@ def as_parquet(rows: Sequence[Row]) -> bytes:
     ImportError
         As `parquet_library`.
     """
-    check_utf_8([row.path for row in rows])
+    check_utf_8([row.path for row in rows], "Rename the image, or use --csv.")
     columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
     library, file = parquet_library(), io.BytesIO()
     if library.__name__ == "polars":
@@ -90,15 +90,13 @@ def arrow_table(rows: Sequence[Row]) -> Any:
     return pyarrow.table(columns, schema=pyarrow.schema(types))
 
 
-def check_utf_8(paths: Sequence[str]) -> None:
-    """Raise a ValueError if a name is not UTF-8, which Parquet's text is."""
+def check_utf_8(paths: Sequence[str], way_out: str) -> None:
+    """Raise a ValueError, which ends in the way out, if a name is not UTF-8, which Parquet's text is."""
     for path in paths:
         try:
             path.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"--parquet: the name {path!r} is not UTF-8, which Parquet needs. Rename the image, or use --csv."
-            ) from error
+            raise ValueError(f"--parquet: the name {path!r} is not UTF-8, which Parquet needs. {way_out}") from error
 
 
 def parquet_library() -> Any:

@@ -12,6 +12,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.pipeline import FeatureUnion
 
 from dfkde_sklearn import (
     BatchScorer,
@@ -107,6 +109,15 @@ def test_features_are_those_of_the_extractor(data, paths, pooling):
         np.array(table["features"].to_pylist(), np.float32), extractor.transform(paths).reshape(24, -1)
     )
     np.testing.assert_array_equal(np.stack([row["features"] for row in call(data.X_test)]), expected)
+
+
+def test_no_images_have_features_of_a_union_and_none_of_what_is_not_fitted(data):
+    parts = [(str(scales), ScatteringFeatures(scales=scales, image_size=32)) for scales in (2, 3)]
+    union = FeatureUnion(parts).fit(data.X_train)
+    expected = union.transform(data.X_test)
+    assert BatchTransformer(union, column="image")({"image": []})["features"].shape == (0, expected.shape[1])
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        BatchTransformer(ScatteringFeatures())([])
 
 
 def test_features_come_from_the_detector_of_a_file(model, paths, detector):
@@ -222,6 +233,26 @@ def test_broken_images_are_an_error_or_rows_of_their_own(model, paths, tmp_path,
     assert [rows[0]["score"], rows[2]["score"]] == detector.score_samples(paths[:2]).astype(float).tolist()
     # A batch of nothing else is no error either: others have the same job.
     assert BatchScorer(model, skip_broken=True)([str(cut)])[0]["verdict"] == "broken"
+
+
+@pytest.mark.parametrize("missing", [None, "", np.nan, pd.NA])
+@pytest.mark.parametrize("kind", [list, pd.Series, "frame", "array"])
+def test_missing_entries_of_a_table_are_broken_images(model, paths, detector, kind, missing):
+    entries = [missing, *paths[:2], missing]
+    batch = entries if kind is list else pd.Series(entries, dtype=object)
+    if kind == "frame":
+        batch = pd.DataFrame({"path": batch})
+    elif kind == "array":
+        batch = {"path": batch.to_numpy()}
+    with pytest.raises((TypeError, ValueError), match=r"images\[0\]"):
+        BatchScorer(model)(batch)
+    found = BatchScorer(model, skip_broken=True)(batch)
+    rows = found if isinstance(found, list) else pd.DataFrame(found).to_dict("records")
+    assert [row["verdict"] == "broken" for row in rows] == [True, False, False, True]
+    assert rows[3]["reason"] == f"images[3] is {missing!r}: there is no image."
+    assert [row["score"] for row in rows[1:3]] == detector.score_samples(paths[:2]).astype(float).tolist()
+    if isinstance(found, list):
+        assert [row["path"] or None for row in found] == [None, *paths[:2], None]
 
 
 def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):

@@ -172,6 +172,20 @@ def test_broken_images_are_rows_and_a_shard_of_nothing_else_is_an_error(fitted, 
     table = pq.read_table(folder)
     assert table["verdict"].to_pylist().count("broken") == 1
     assert table["score"].null_count == 1
+    # Another job without --skip-broken fails as it would without the file.
+    assert shard(fitted, files, folder, 1, 1, "--resume", "--skip-broken") == 0
+    capsys.readouterr()
+    assert shard(fitted, files, folder, 1, 1, "--resume") == 2
+    assert "has 1 images that could not be read, the first for this: " in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8_has_a_way_out_that_shards_have(fitted, images, folder, tmp_path, capsys):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(images[0], name)
+    assert shard(fitted, [os.fsdecode(name)], folder, 1, 1) == 2
+    assert "is not UTF-8, which Parquet needs. Rename the image.\n" in capsys.readouterr().err
+    assert run("score", fitted, os.fsdecode(name), "--parquet", tmp_path / "one.parquet") == 2
+    assert "Rename the image, or use --csv.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,10 @@ def test_broken_images_are_rows_and_a_shard_of_nothing_else_is_an_error(fitted, 
         (["--resume"], "Give --shard K/N too"),
         (["--shard", "1/4", "--parquet", "F", "--fdr", "0.1"], "--fdr is for all images at once"),
         (["--shard", "1/4", "--parquet", "F", "--csv", "-"], "--csv is for all images at once"),
+        (["--shard", "1/4", "--parquet", "F", "--masks"], "--masks is for all images at once"),
+        (["--shard", "1/4", "--parquet", "F", "--groups", "folder"], "--groups is for all images at once"),
+        (["--shard", "1/4", "--parquet", "F", "--sort", "input"], "--sort is for all images at once"),
+        (["--shard", "1/4", "--parquet", ""], "argument --parquet: the path is empty. For the current folder use '.'"),
         (["--shard", "1/4", "--parquet", __file__], "with --shard it is a folder, and this is a file"),
     ],
 )
