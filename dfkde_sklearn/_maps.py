@@ -58,7 +58,9 @@ def regions_of(of_image: NDArray[np.floating], threshold: float, image: int, p_v
     numbers, n_regions = label(below, structure=np.ones((3, 3)))
     centres = center_of_mass(below, numbers, range(1, n_regions + 1))
     regions = []
-    for i, (rows, columns) in enumerate(find_objects(numbers)):
+    for i, found in enumerate(find_objects(numbers)):
+        assert found is not None  # every number has pixels
+        rows, columns = found
         inside = numbers[rows, columns] == i + 1
         lowest = float(of_image[rows, columns][inside].min())
         box = int(rows.start), int(columns.start), int(rows.stop), int(columns.stop)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import _fit_context, clone
+from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted
@@ -268,10 +269,11 @@ class StreamsMixin:
         validate_parameter_constraints({"batch_size": at_least_1}, {"batch_size": batch_size}, "score_stream")
         if self.features_ is None:
             parts = parts_of_rows(X)
-        elif not isinstance(self.features_, FeatureExtractor):
+        elif not _reads_images(self.features_):
             parts = parts_of_stream(stream_items(X), batch_size, lambda some, _: some)
         else:
-            white_level = self.features_.white_level
+            # Of several extractors, each has a white level of its own.
+            white_level = getattr(self.features_, "white_level", None)
             if is_stream(X):
                 parts = parts_of_stream(
                     stream_items(X), batch_size, lambda some, first: as_images(some, white_level, first)
@@ -346,6 +348,15 @@ class StreamsMixin:
             self.features_ = self._default_extractor()
         else:
             self.features_ = clone(self.features)
+
+
+def _reads_images(transformer: Any) -> bool:
+    """Return whether what takes the images in a transformer are feature extractors of this package."""
+    if isinstance(transformer, Pipeline):
+        return _reads_images(transformer.steps[0][1])
+    if isinstance(transformer, FeatureUnion):
+        return all(part == "drop" or _reads_images(part) for _, part in transformer.transformer_list)
+    return isinstance(transformer, FeatureExtractor)
 
 
 def _differ(old: Any, new: Any) -> bool:

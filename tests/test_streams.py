@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
-from sklearn.pipeline import FeatureUnion
+from sklearn.pipeline import FeatureUnion, make_pipeline
 
 from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures
 
@@ -358,6 +358,25 @@ def test_a_folder_and_paths_are_streams_too(fitted, tmp_path):
     paths = sorted(tmp_path.iterdir())
     for images in (tmp_path, paths, iter(paths)):
         assert_answers(list(fitted.score_stream(images, batch_size=2)), fitted.assess(IMAGES[:5]))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        FeatureUnion([("a", POOLED), ("b", clone(POOLED).set_params(scales=3, white_level=4095)), ("no", "drop")]),
+        make_pipeline(POOLED, PCA(5, random_state=0)),
+    ],
+)
+def test_extractors_inside_others_read_folders_and_name_images_by_their_places(features, tmp_path):
+    for i in range(5):
+        Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
+    detector = DFKDEDetector(clone(features), n_components=3).fit(IMAGES)
+    for images in (tmp_path, f"{tmp_path}/*.png", sorted(tmp_path.iterdir()), IMAGES[:5], iter(IMAGES[:5])):
+        assert_answers(list(detector.score_stream(images, batch_size=2)), detector.assess(IMAGES[:5]))
+    broken = [*IMAGES[:3], np.full((32, 32), np.nan)]
+    for images in (broken, iter(broken)):
+        with pytest.raises(ValueError, match=r"images\[3\]: NaN"):
+            list(detector.score_stream(images, batch_size=2))
 
 
 def test_rows_and_matrices_are_streams():
