@@ -17,6 +17,7 @@ from dfkde_sklearn._callbacks import N_CALLS
 from dfkde_sklearn._density.eigen import leading_eigenpairs
 from dfkde_sklearn._density.folds import N_FOLDS, copies, fold_places
 from dfkde_sklearn._density.stream import sampled_places
+from dfkde_sklearn._inputs import is_missing
 from dfkde_sklearn._threads import on_single_core
 
 # In standard deviations; its square is a number still.
@@ -111,14 +112,6 @@ def _labels(groups: Any) -> list[Any]:
             "one for each row or image."
         )
     return list(array)
-
-
-def is_missing(label: Any) -> bool:
-    """Return whether a label stands for none: None, NaN, or pandas' NA."""
-    try:
-        return label is None or bool(label != label)
-    except (TypeError, ValueError):  # of pandas.NA no truth is known
-        return True
 
 
 def drawn_rows(n: int, max_samples: int | None, groups: Tensor | None, seed: int) -> NDArray[np.int64]:

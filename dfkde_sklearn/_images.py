@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from dfkde_sklearn._inputs import ENCODED, Lazy, unpacked
+from dfkde_sklearn._inputs import ENCODED, Lazy, is_missing, unpacked
 from dfkde_sklearn._threads import Lock, computed_ahead
 
 # fmt: off
@@ -304,22 +304,6 @@ class Images(Sequence[Image.Image]):
         decoded = self[index]
         return decoded.height, decoded.width
 
-    def unreadable(self) -> dict[int, str]:
-        """Return the positions of the images that cannot be read, each with the reason.
-
-        Returns
-        -------
-        dict
-            By position, in order; empty where all can be read.
-        """
-        reasons = {}
-        for i in range(len(self)):
-            try:
-                self[i]
-            except (ValueError, OSError) as error:
-                reasons[i] = str(error)
-        return reasons
-
     def digest(self, index: int) -> bytes:
         """Return the SHA-256 of the image at `index`: of the file's bytes, or else of the pixels.
 
@@ -457,6 +441,47 @@ def as_images(X: Any, white_level: int | None = None, first: int = 0) -> Images:
         for index, item in enumerate(items):
             _check_item(item, f"images[{first + index}]")
     return Images(items, FULL_RANGE if white_level is None else white_level, first)
+
+
+def unreadable(X: Any) -> dict[int, str]:
+    """Return which images cannot be read, and which entries of a list or column are missing.
+
+    Parameters
+    ----------
+    X : images
+        What `as_images` accepts, and has a length; or anything else, of which none is an image.
+
+    Returns
+    -------
+    dict
+        The reasons by position, in order.
+    """
+    entries = unpacked(X)
+    reasons, images = dict[int, str](), dict[int, Images]()
+    try:
+        if isinstance(entries, list | tuple) or (isinstance(entries, np.ndarray) and entries.dtype.kind in "OUT"):
+            for i, entry in enumerate(entries):
+                if not isinstance(entry, np.ndarray | torch.Tensor) and (is_missing(entry) or entry == ""):
+                    reasons[i] = f"images[{i}] is {entry!r}: there is no image."
+                else:
+                    images[i] = as_images([entry], first=i)
+        else:
+            whole = as_images(entries)
+            images = {i: whole.part(i, i + 1) for i in range(len(whole))}
+    except (TypeError, ValueError):
+        return {}
+    for i, image in images.items():
+        try:
+            image[0]
+        except (ValueError, OSError) as error:
+            reasons[i] = str(error)
+    return dict(sorted(reasons.items()))
+
+
+def chosen(X: Any, places: Sequence[int]) -> Any:
+    """Return some of the images, as the user handed them in."""
+    entries = unpacked(X)
+    return [entries[i] for i in places] if isinstance(entries, list | tuple | Lazy) else entries[list(places)]
 
 
 def image_files(folder: str | os.PathLike[str], *, below: bool = True) -> list[str]:

@@ -130,6 +130,14 @@ def stream_items(X: Iterable[Any]) -> Iterator[Any]:
             yield _own(found)
 
 
+def is_missing(entry: Any) -> bool:
+    """Return whether an entry of a list or column stands for nothing: None, NaN, or pandas' NA."""
+    try:
+        return entry is None or bool(entry != entry)
+    except (TypeError, ValueError):  # of pandas.NA no truth is known
+        return True
+
+
 def _own(image: Any) -> Any:
     """Return a copy of an array or tensor: a camera may write its next image into the same memory."""
     if isinstance(image, torch.Tensor):

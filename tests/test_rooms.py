@@ -35,7 +35,7 @@ ALLOWED = {
     "_inputs": set(),
     "_callbacks": set(),
     "_matrices": {"_inputs"},
-    "_groups": {"_callbacks", "_density", "_threads"},
+    "_groups": {"_callbacks", "_density", "_inputs", "_threads"},
     "_explanation": set(),
     "_streams": {
         *("_batch", "_calibration", "_callbacks", "_density", "_features", "_groups", "_images", "_inputs"),

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from os import PathLike
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from dfkde_sklearn._groups import is_missing
-from dfkde_sklearn._images import as_images
-from dfkde_sklearn._inputs import Lazy, unpacked
+from dfkde_sklearn._images import chosen, unreadable
 
 T = TypeVar("T")
 # The columns that `dfkde score` writes too, after the path.
@@ -30,11 +25,11 @@ def of_readable(answer: Callable[[Any], T], images: Any, skip_broken: bool) -> t
         return answer(images), {}
     except (TypeError, ValueError, OSError):
         # Few batches have a broken image: only where something is wrong are images read one by one.
-        broken = _unreadable(images) if skip_broken else {}
+        broken = unreadable(images) if skip_broken else {}
         if not broken:
             raise
     readable = [i for i in range(len(images)) if i not in broken]
-    return answer(_chosen(images, readable)) if readable else None, broken
+    return answer(chosen(images, readable)) if readable else None, broken
 
 
 def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = True) -> dict[str, NDArray[Any]]:
@@ -78,34 +73,3 @@ def assessed(detector: Any, images: Any, *, skip_broken: bool, widened: bool = T
     for i, why in broken.items():
         reason[i] = why
     return {**columns, "verdict": np.array(verdict, dtype=str), "reason": np.array(reason, dtype=str)}
-
-
-def _unreadable(images: Any) -> dict[int, str]:
-    """Return the places of the images that cannot be read, with the reason; none of what are no images."""
-    missing = {i: f"images[{i}] is {item!r}: there is no image." for i, item in _entries(images) if _is_no_image(item)}
-    present = [i for i in range(len(images)) if i not in missing]
-    try:
-        found = as_images(_chosen(images, present)).unreadable() if present else {}
-    except (TypeError, ValueError):  # of a feature matrix, the error of the detector is the one that matters
-        return {}
-    return dict(sorted({**missing, **{present[i]: why for i, why in found.items()}}.items()))
-
-
-def _entries(images: Any) -> Iterable[tuple[int, Any]]:
-    """Return the entries of a list or column, where one may be missing, each with its place."""
-    found = unpacked(images)
-    is_list = isinstance(found, list | tuple) or (isinstance(found, np.ndarray) and found.dtype.kind in "OUT")
-    return enumerate(found) if is_list else ()
-
-
-def _is_no_image(item: Any) -> bool:
-    """Return whether an entry of a list of paths is empty, as that of a table may be."""
-    if isinstance(item, str):
-        return not item
-    return not isinstance(item, np.ndarray | Tensor | Image.Image | PathLike) and is_missing(item)
-
-
-def _chosen(images: Any, places: list[int]) -> Any:
-    """Return the images at some places."""
-    found = unpacked(images)
-    return [found[i] for i in places] if isinstance(found, list | tuple | Lazy) else found[places]

@@ -15,7 +15,7 @@ distributed = pytest.importorskip("distributed")
 def client(_quiet_and_on_single_cores):
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # of the worker that is killed
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         distributed.Client(cluster) as client,
     ):
         yield client

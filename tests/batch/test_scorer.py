@@ -255,6 +255,15 @@ def test_missing_entries_of_a_table_are_broken_images(model, paths, detector, ki
         assert [row["path"] or None for row in found] == [None, *paths[:2], None]
 
 
+def test_broken_images_beside_missing_ones_keep_their_places(model, data, detector):
+    nan = np.full((32, 32, 3), np.nan)
+    rows = BatchScorer(model, skip_broken=True)([None, data.X_test[0], nan, data.X_test[1]])
+    assert [row["verdict"] == "broken" for row in rows] == [True, False, True, False]
+    assert rows[2]["reason"].startswith("images[2]: NaN")
+    expected = detector.score_samples(data.X_test[:2]).astype(float).tolist()
+    assert [rows[1]["score"], rows[3]["score"]] == expected
+
+
 def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):
     class Failing:
         def assess(self, X):
