@@ -416,7 +416,7 @@ def as_images(X: Any, white_level: int | None = None, first: int = 0) -> Images:
     X = unpacked(X)
     if isinstance(X, str | os.PathLike):
         _check_path(X, "images")
-        items: list[Any] | np.ndarray | torch.Tensor | Lazy = _files_at(Path(X))
+        items: list[Any] | np.ndarray | torch.Tensor | Lazy = files_at(Path(X))
     elif isinstance(X, Image.Image):
         items = [X]
     elif isinstance(X, torch.Tensor) or (isinstance(X, np.ndarray) and X.dtype.kind not in "OUT"):
@@ -458,18 +458,24 @@ def unreadable(X: Any) -> dict[int, str]:
     """
     entries = unpacked(X)
     reasons, images = dict[int, str](), dict[int, Images]()
-    try:
-        if isinstance(entries, list | tuple) or (isinstance(entries, np.ndarray) and entries.dtype.kind in "OUT"):
-            for i, entry in enumerate(entries):
+    if isinstance(entries, list | tuple) or (isinstance(entries, np.ndarray) and entries.dtype.kind in "OUT"):
+        missing = []
+        for i, entry in enumerate(entries):
+            try:
                 if not isinstance(entry, np.ndarray | torch.Tensor) and (is_missing(entry) or entry == ""):
-                    reasons[i] = f"images[{i}] is {entry!r}: there is no image."
-                else:
-                    images[i] = as_images([entry], first=i)
-        else:
+                    missing.append(i)
+                    raise ValueError(f"images[{i}] is {entry!r}: there is no image.")
+                images[i] = as_images([entry], first=i)
+            except (TypeError, ValueError) as error:
+                reasons[i] = str(error)
+        if not images and not missing:
+            return {}
+    else:
+        try:
             whole = as_images(entries)
-            images = {i: whole.part(i, i + 1) for i in range(len(whole))}
-    except (TypeError, ValueError):
-        return {}
+        except (TypeError, ValueError):
+            return {}
+        images = {i: whole.part(i, i + 1) for i in range(len(whole))}
     for i, image in images.items():
         try:
             image[0]
@@ -672,7 +678,8 @@ def matching_files(pattern: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _files_at(path: Path) -> list[Any]:
+def files_at(path: Path) -> list[Any]:
+    """Return the images in a folder, of a pattern, or in one file."""
     if not os.path.lexists(path) and glob.has_magic(str(path)):
         return matching_files(str(path))
     if path.is_file():

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import IterableDataset
+from PIL import Image, ImageFile
+from torch.utils.data import DataLoader, IterableDataset
 
 # Images of a stream that are in memory at a time, where one pass suffices.
 STREAMED = 256
@@ -110,7 +110,7 @@ def stream_items(X: Iterable[Any]) -> Iterator[Any]:
     ----------
     X : iterable
         Of images; of pairs of an image and a label; or of batches of either: tensors and arrays of four dimensions,
-        and lists.
+        lists, and what a ``DataLoader`` gives.
 
     Yields
     ------
@@ -122,9 +122,11 @@ def stream_items(X: Iterable[Any]) -> Iterator[Any]:
     TypeError
         If an item is nothing of this.
     """
+    # Of grey images a batch has three dimensions, as one image in colour has.
+    least = 3 if isinstance(X, DataLoader) and X.batch_sampler is not None else 4
     for number, item in enumerate(X):
-        found = _image_of(item, f"item {number} of the stream")
-        if isinstance(found, list) or (isinstance(found, np.ndarray | torch.Tensor) and found.ndim == 4):
+        found = _image_of(item, f"item {number} of the stream", least)
+        if isinstance(found, list) or _is_batch(found, least):
             yield from map(_own, found)
         else:
             yield _own(found)
@@ -139,14 +141,20 @@ def is_missing(entry: Any) -> bool:
 
 
 def _own(image: Any) -> Any:
-    """Return a copy of an array or tensor: a camera may write its next image into the same memory."""
+    """Return a copy of an image in memory: a camera may write its next image into the same."""
     if isinstance(image, torch.Tensor):
         return image.clone()
-    return image.copy() if isinstance(image, np.ndarray) else image
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, io.BytesIO):
+        return image.getvalue()
+    # A picture that was opened from a file is decoded later.
+    is_in_memory = isinstance(image, Image.Image) and not isinstance(image, ImageFile.ImageFile)
+    return image.copy() if is_in_memory or isinstance(image, np.ndarray) else image
 
 
-def _image_of(item: Any, name: str) -> Any:
-    """Return an image, or a batch of images, without its label."""
+def _image_of(item: Any, name: str, least: int = 4) -> Any:
+    """Return an image, or a batch of images, which has at least that many dimensions, without its label."""
     if isinstance(item, dict):
         images = {key: value for key, value in item.items() if _is_image(value)}
         if len(images) != 1:
@@ -158,11 +166,10 @@ def _image_of(item: Any, name: str) -> Any:
     if isinstance(item, tuple | list):
         if _are_images(item):
             # A list is a batch, but not of batches: a `DataLoader` makes one of the batches of images and of masks.
-            is_sample = isinstance(item, tuple) or any(getattr(image, "ndim", 0) == 4 for image in item)
-            if is_sample and len({_kind(image) for image in item}) > 1:
+            if len(item) > 1 and (isinstance(item, tuple) or any(_is_batch(image, least) for image in item)):
                 raise TypeError(
-                    f"{name} is a {type(item).__name__} of images of several kinds, such as images and masks. Give the "
-                    "images alone, for example (image for image, mask in X)."
+                    f"{name} is a {type(item).__name__} of {len(item)} images, such as an image and its mask. Give the "
+                    "images alone, for example (image for image, mask in X), and several at once as a list."
                 )
             # Of one tensor, a `TensorDataset` makes such tuples, and a `DataLoader` lists of one batch.
             return item[0] if len(item) == 1 else list(item)
@@ -178,11 +185,8 @@ def _are_images(values: Sequence[Any]) -> bool:
     return bool(values) and all(map(_is_image, values)) and (is_path[0] or not any(is_path))
 
 
-def _kind(image: Any) -> Any:
-    """Return what differs between an image and a mask of its size: the number of channels, or PIL's mode."""
-    if isinstance(image, np.ndarray | torch.Tensor):
-        return tuple(sorted(image.shape)[:-2])
-    return getattr(image, "mode", None)
+def _is_batch(value: Any, least: int) -> bool:
+    return isinstance(value, np.ndarray | torch.Tensor) and value.ndim >= least
 
 
 def _is_image(value: Any) -> bool:

@@ -341,6 +341,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         They are those of the training images.
         """
         n = len(table)
+        self._n_lowest = self.n_lowest
         vectors = table.reshape(n, math.prod(self.grid_shape_), -1)
         group_ids = with_copies(groups, vectors.reshape(n, -1))
         calibration_groups = np.arange(n) if groups is None else group_ids.numpy()
@@ -606,7 +607,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         return self._vector_maps(self._whole_table(X, reset=False))
 
     def _scores(self, maps: NDArray[np.floating]) -> NDArray[np.floating]:
-        return lowest_mean(torch.from_numpy(maps), self.n_lowest).numpy()
+        return lowest_mean(torch.from_numpy(maps), self._n_lowest).numpy()
 
     def _normalization_strength(self) -> float:
         return normalization_for(self.features_) if self.normalization == "auto" else float(self.normalization)
@@ -721,7 +722,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
                 f"flips={self.flips!r} was set after the fit, which had flips={self._flips!r}. Fit anew, or set it "
                 "back."
             )
-        buffers = PositionBuffers(self.n_lowest, float(self.threshold_steepness), float(self.offset_))
+        buffers = PositionBuffers(self._n_lowest, float(self.threshold_steepness), float(self.offset_))
         # A copy: torch warns of read-only arrays, such as memory maps.
         scores = torch.from_numpy(np.array(self.calibration_scores_))
         groups = torch.from_numpy(np.array(self.calibration_groups_))
@@ -745,7 +746,8 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         self.classes_ = np.array([-1, 1])
         self.n_features_in_ = buffers.n_features
         self.features_ = extractor
-        self._flips = self.flips
+        # Of the fit, where the parameters may be set to something else.
+        self._flips, self._n_lowest = self.flips, buffers.n_lowest
 
     def _exported_answers(self, X: Any) -> Expected:
         """Return what an exported file must answer for X."""

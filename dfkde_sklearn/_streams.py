@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from math import prod
 from numbers import Integral, Number
 from os import PathLike
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,18 +21,27 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted
 
-from dfkde_sklearn._batch.iterate import answers_in_order, not_empty, parts_of_rows, parts_of_sequence, parts_of_stream
+from dfkde_sklearn._batch.iterate import (
+    answers_in_order,
+    not_empty,
+    parts_of_images,
+    parts_of_rows,
+    parts_of_stream,
+    parts_of_table,
+)
 from dfkde_sklearn._calibration import Assessment
 from dfkde_sklearn._callbacks import N_CALLS, one_task
 from dfkde_sklearn._density.stream import RowSample
 from dfkde_sklearn._features.extractor import FeatureExtractor
 from dfkde_sklearn._groups import group_labels
-from dfkde_sklearn._images import as_images
+from dfkde_sklearn._images import as_images, files_at
 from dfkde_sklearn._inputs import is_stream, stream_items
 from dfkde_sklearn._matrices import floats, is_matrix
 
 # The size of training rows up to which `fit` keeps them for `partial_fit`.
 _KEPT_BYTES = 2**26
+# Images to which any detector can be fitted.
+_ENOUGH = 3
 
 
 class StreamsMixin:
@@ -46,6 +57,8 @@ class StreamsMixin:
     calibration_scores_: NDArray[np.floating]
     # Decides which rows are drawn.
     _seed: int
+    # Where in X, or in all calls of `partial_fit`, the rows of the fit are; None for all of X.
+    _places: NDArray[np.int64] | None = None
     # The state of the `RowSample` that `partial_fit` adds to, and with it the number of calibration scores of the fit.
     _sample: dict[str, Any]
 
@@ -65,7 +78,8 @@ class StreamsMixin:
 
         The rows of all calls, or a random `max_samples` of them, are kept, and each call fits to these anew. The result
         does not depend on how the rows were divided into calls: up to `max_samples` rows, it is that of `fit` on all of
-        them. A `fit` before it counts as the first call. A call takes as long as a `fit` on the kept rows. Scores that
+        them, unless `features` is a transformer that learns, such as a scaler, which learns from the first call only.
+        A `fit` before it counts as the first call. A call takes as long as a `fit` on the kept rows. Scores that
         `recalibrate` added are left out: give its rows too.
 
         Parameters
@@ -126,6 +140,7 @@ class StreamsMixin:
         _add(sample, extended._parts(X, reset=kept is None), groups, self.max_samples)
         # Also where no new row is kept, as parameters or calibration scores may have changed since.
         extended._fit_table(sample.rows, sample.labels if sample.has_labels else None)
+        extended._places = sample.places
         extended._sample = sample.state() | {"n_scores": len(extended.calibration_scores_)}
         self._become(extended)
         if n_added > 0:
@@ -198,7 +213,7 @@ class StreamsMixin:
         _add(sample, fitted._checked_parts(parts, extractor), groups, self.max_samples)
         if not sample.n_seen:
             raise ValueError("parts gave no features. A generator can be used once.")
-        fitted._sample = sample.state()
+        fitted._sample, fitted._places = sample.state(), sample.places
         fitted._fit_table(sample.rows, sample.labels if sample.has_labels else None)
         fitted._keep_rows(sample.rows, groups)
         self._become(fitted)
@@ -206,7 +221,7 @@ class StreamsMixin:
 
     def _checked_parts(self, parts: Iterable[Any], extractor: FeatureExtractor) -> Iterator[NDArray[np.number]]:
         """Yield the parts that have rows, each checked to be features of the extractor."""
-        reset = True
+        reset, few = True, list[NDArray[Any]]()
         for number, part in enumerate(parts):
             rows = np.asarray(part)
             shape = np.shape(rows)[1:]
@@ -219,8 +234,13 @@ class StreamsMixin:
                     f"{', '.join(map(str, expected))}). Compute the parts with the same feature extractor."
                 )
             if len(rows):
-                yield self._validated(rows.reshape(len(rows), *expected), reset=reset)
-                reset = False
+                few.append(rows.reshape(len(rows), *expected))
+            # A fit checks that the first are enough.
+            if few and (not reset or sum(map(len, few)) >= _ENOUGH):
+                yield self._validated(np.concatenate(few), reset=reset)
+                reset, few = False, []
+        if few:
+            yield self._validated(np.concatenate(few), reset=reset)
 
     def score_stream(self, X: Any, *, batch_size: int = 64) -> Iterator[Assessment]:
         """Return log density, p-value, P(anomalous) and label of each image of a stream, in order, one by one.
@@ -248,7 +268,7 @@ class StreamsMixin:
         ValueError, TypeError, OSError
             If the stream is empty, as a generator is that was used before; or as `assess`, once all answers before the
             item that is at fault have been yielded. An error of the stream itself comes as it is, after the answers for
-            all that it gave.
+            all that it gave. Of a list, types and shapes are checked before the first answer.
 
         See Also
         --------
@@ -267,19 +287,22 @@ class StreamsMixin:
         check_is_fitted(self)
         at_least_1 = [Interval(Integral, 1, None, closed="left")]
         validate_parameter_constraints({"batch_size": at_least_1}, {"batch_size": batch_size}, "score_stream")
+        reads_images = _reads_images(self.features_)
+        # Of several extractors, each has a white level of its own.
+        white_level = getattr(self.features_, "white_level", None)
         if self.features_ is None:
             parts = parts_of_rows(X)
-        elif not _reads_images(self.features_):
-            parts = parts_of_stream(stream_items(X), batch_size, lambda some, _: some)
+        elif is_stream(X):
+            parts = parts_of_stream(
+                stream_items(X),
+                batch_size,
+                lambda some, first: as_images(some, white_level, first) if reads_images else some,
+            )
+        elif reads_images:
+            parts = parts_of_images(as_images(X, white_level), batch_size)
         else:
-            # Of several extractors, each has a white level of its own.
-            white_level = getattr(self.features_, "white_level", None)
-            if is_stream(X):
-                parts = parts_of_stream(
-                    stream_items(X), batch_size, lambda some, first: as_images(some, white_level, first)
-                )
-            else:
-                parts = parts_of_sequence(as_images(X, white_level), batch_size)
+            is_path = isinstance(X, str | PathLike)
+            parts = parts_of_table([os.fspath(path) for path in files_at(Path(X))] if is_path else X, batch_size)
         return answers_in_order(self.assess, not_empty(parts))
 
     def _become(self, fitted: Self) -> None:
@@ -297,7 +320,7 @@ class StreamsMixin:
             if is_stream(X) or (self.max_samples is not None and len(X) > self.max_samples):
                 sample = RowSample(self.max_samples, self._seed)
                 _add(sample, self._parts(X, reset=True), groups, self.max_samples)
-                self._sample = sample.state()
+                self._sample, self._places = sample.state(), sample.places
                 return sample.rows, sample.labels if sample.has_labels else None
         return self._whole_table(X, reset=True), groups
 
@@ -341,6 +364,7 @@ class StreamsMixin:
     def _begin(self, X: Any) -> None:
         """Begin anew: draw a seed, and set `features_` to a new feature extractor, or None for a feature matrix X."""
         self.__dict__.pop("_sample", None)
+        self._places = None
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
             self.features_ = None
@@ -348,12 +372,16 @@ class StreamsMixin:
             self.features_ = self._default_extractor()
         else:
             self.features_ = clone(self.features)
+        if isinstance(self.features_, FeatureExtractor):
+            # Arrays, whatever scikit-learn is configured to return.
+            self.features_.set_output(transform="default")
 
 
 def _reads_images(transformer: Any) -> bool:
     """Return whether what takes the images in a transformer are feature extractors of this package."""
     if isinstance(transformer, Pipeline):
-        return _reads_images(transformer.steps[0][1])
+        steps = [step for _, step in transformer.steps if step not in (None, "passthrough")]
+        return bool(steps) and _reads_images(steps[0])
     if isinstance(transformer, FeatureUnion):
         return all(part == "drop" or _reads_images(part) for _, part in transformer.transformer_list)
     return isinstance(transformer, FeatureExtractor)
@@ -381,7 +409,7 @@ def _add(sample: RowSample, parts: Iterable[NDArray[Any]], groups: Any, max_samp
     for part in parts:
         if labels is not None and len(labels) < n + len(part):
             raise ValueError(f"groups has {len(labels)} labels, and X has more rows or images. Give one for each.")
-        rows = part.reshape(len(part), -1)
+        rows = floats(part.reshape(len(part), -1))
         sample.add(rows, None if labels is None else labels[n : n + len(part)])
         n += len(part)
     if labels is not None and len(labels) != n:

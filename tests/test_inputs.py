@@ -133,14 +133,56 @@ def test_a_container_gives_the_scores_of_the_list(name, folder, detectors):
     [
         lambda: ((picture, picture.resize((32, 32)).convert("1")) for picture in PICTURES),
         lambda: zip(np.repeat(IMAGES[..., None], 3, 3), IMAGES, strict=True),
+        lambda: zip(IMAGES, IMAGES, strict=True),
         lambda: TensorDataset(tensors().expand(-1, 3, -1, -1), tensors()),
         lambda: DataLoader(TensorDataset(tensors().expand(-1, 3, -1, -1), tensors()), batch_size=5),
     ],
 )
 def test_images_beside_their_masks_are_not_taken_for_twice_as_many(make, detectors):
     for detector in detectors:
-        with pytest.raises(TypeError, match="of images of several kinds, such as images and masks"):
+        with pytest.raises(TypeError, match=r"of \d images, such as an image and its mask"):
             detector.score_samples(make())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10])
+@pytest.mark.parametrize("is_labelled", [False, True])
+def test_batches_of_grey_images_are_no_images_in_colour(batch_size, is_labelled, detectors):
+    grey = torch.from_numpy(IMAGES)
+    loader = DataLoader(TensorDataset(grey, torch.arange(24)) if is_labelled else grey, batch_size=batch_size)
+    for detector in detectors:
+        expected = detector.score_samples(PICTURES)
+        np.testing.assert_allclose(detector.score_samples(loader), expected, rtol=1e-5)
+        np.testing.assert_allclose([one.log_density for one in detector.score_stream(loader)], expected, rtol=1e-5)
+    masks = DataLoader(TensorDataset(grey, grey), batch_size=batch_size)
+    with pytest.raises(TypeError, match="item 0 of the stream is a list of 2 images, such as an image and its mask"):
+        detectors[0].score_samples(masks)
+
+
+def into(kind):
+    """Yield images as a camera does that writes each into the same object."""
+    buffer, picture = io.BytesIO(), Image.new("L", (32, 32))
+    held = bytearray(2000)
+    for image in PICTURES:
+        if kind == "picture":
+            picture.paste(image.resize((32, 32)))
+            yield picture
+            continue
+        buffer.seek(0)
+        buffer.truncate()
+        image.save(buffer, "png")
+        held[:] = buffer.getvalue()
+        buffer.seek(0)
+        yield {"buffer": buffer, "bytes": held, "view": memoryview(held)}[kind]
+        if kind == "view":
+            held = bytearray(held)
+
+
+@pytest.mark.parametrize("kind", ["picture", "buffer", "bytes", "view"])
+def test_images_of_a_stream_may_be_one_object(kind, detectors):
+    for detector in detectors:
+        expected = detector.score_samples([picture.resize((32, 32)) for picture in PICTURES])
+        np.testing.assert_allclose(detector.score_samples(into(kind)), expected, rtol=1e-5)
+        np.testing.assert_allclose([one.log_density for one in detector.score_stream(into(kind))], expected, rtol=1e-5)
 
 
 def test_flips_read_a_stream_once():

@@ -353,6 +353,16 @@ def test_flips_are_those_of_the_fit(textures, tmp_path):
     np.testing.assert_array_equal(PatchDFKDEDetector.load(tmp_path / "model").score_samples(textures.X_test), expected)
 
 
+def test_scores_are_means_of_as_many_positions_as_in_the_fit(tmp_path):
+    detector = PatchDFKDEDetector(None, n_lowest=2).fit(TRAIN)
+    expected = detector.score_samples(TRAIN)
+    np.testing.assert_array_equal(detector.set_params(n_lowest=1).score_samples(TRAIN), expected)
+    with pytest.raises(ValueError, match=r"n_lowest=1 was set after a fit with 2\. Fit again, or set it back"):
+        detector.save(tmp_path / "model")
+    detector.set_params(n_lowest=2).save(tmp_path / "model")
+    np.testing.assert_array_equal(PatchDFKDEDetector.load(tmp_path / "model").score_samples(TRAIN), expected)
+
+
 def test_flips_need_images(textures):
     with pytest.raises(ValueError, match="with pooling=None, whose features can be flipped back"):
         PatchDFKDEDetector(ScatteringFeatures(), flips="all").fit(textures.X_train)

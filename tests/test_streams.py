@@ -5,15 +5,20 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
+import sklearn
 import torch
 from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures
 
@@ -379,6 +384,75 @@ def test_extractors_inside_others_read_folders_and_name_images_by_their_places(f
             list(detector.score_stream(images, batch_size=2))
 
 
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, np.asarray, list])
+def test_tables_are_read_by_rows_whatever_transforms_them(make):
+    rows = ROWS[:12]  # as many as there are columns
+    names = (
+        {} if make in (np.asarray, list) else {"schema" if make is pl.DataFrame else "columns": list("abcdefghijkl")}
+    )
+    detector = DFKDEDetector(StandardScaler(), n_components=3).fit(ROWS)
+    expected = detector.score_samples(rows)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "X has feature names")
+        found = [answers.log_density for answers in detector.score_stream(make(rows, **names), batch_size=5)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_folders_and_frames_of_paths_reach_extractors_behind_other_steps(tmp_path):
+    for i in range(5):
+        Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
+    paths = sorted(map(str, tmp_path.iterdir()))
+    detector = DFKDEDetector(make_pipeline("passthrough", POOLED, StandardScaler()), n_components=3).fit(IMAGES)
+    for images in (tmp_path, pd.DataFrame({"path": paths}), paths):
+        assert_answers(list(detector.score_stream(images, batch_size=2)), detector.assess(IMAGES[:5]))
+
+    class Opened(TransformerMixin, BaseEstimator):
+        def fit(self, X, y=None):
+            return self
+
+        def transform(self, X):
+            return np.array([np.asarray(Image.open(path)).ravel()[:50].astype(float) for path in X])
+
+    detector = DFKDEDetector(Opened(), n_components=2).fit(paths)
+    assert_answers(list(detector.score_stream(tmp_path, batch_size=2)), detector.assess(paths))
+
+
+def test_rows_may_be_tensors_of_any_kind():
+    detector = DFKDEDetector(n_components=3).fit(ROWS)
+    rows = torch.from_numpy(ROWS[:9]).bfloat16().requires_grad_()
+    expected = detector.score_samples(rows.detach())
+    found = [answers.log_density for answers in detector.score_stream(iter(rows))]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.* training rows are exact copies of rows")
+@pytest.mark.parametrize("dtype", [np.int64, bool, np.float16])
+def test_rows_of_any_dtype_are_kept_as_a_file_holds_them(dtype, tmp_path):
+    rows = np.rint(ROWS).astype(dtype)
+    detector = DFKDEDetector(n_components=3).partial_fit(rows[:100])
+    detector.save(tmp_path / "model", training_rows=True)
+    loaded = DFKDEDetector.load(tmp_path / "model").partial_fit(rows[100:])
+    assert_same(DFKDEDetector(n_components=3).fit(rows), loaded)
+
+
+def test_features_may_come_one_by_one():
+    rows = clone(MAPS).fit(IMAGES).transform(IMAGES)
+    detector = PatchDFKDEDetector(MAPS, random_state=1)
+    assert_same(clone(detector).fit(IMAGES), detector.fit_features(rows[i : i + 1] for i in range(60)))
+    with pytest.raises(ValueError, match="minimum of 3"):
+        detector.fit_features([rows[:2]])
+
+
+def test_a_detector_has_arrays_whatever_scikit_learn_is_configured_to_return():
+    expected = {kind: clone(detector).fit(IMAGES).score_samples(IMAGES) for kind, detector in DETECTORS.items()}
+    with sklearn.config_context(transform_output="pandas"):
+        for kind, detector in DETECTORS.items():
+            np.testing.assert_array_equal(clone(detector).fit(IMAGES).score_samples(IMAGES), expected[kind])
+    features = clone(POOLED).set_output(transform="polars")
+    found = DFKDEDetector(features, n_components=3, random_state=1).fit(IMAGES).score_samples(IMAGES)
+    np.testing.assert_array_equal(found, expected["pooled"])
+
+
 def test_rows_and_matrices_are_streams():
     detector = DFKDEDetector(n_components=3).fit(ROWS)
     expected = detector.assess(ROWS[:50])
@@ -399,7 +473,8 @@ def test_any_transformer_scores_streams():
             return np.array([image.ravel() for image in X])
 
     detector = DFKDEDetector(Flat(), n_components=2).fit(images)
-    assert_answers(list(detector.score_stream(iter(images), batch_size=30)), detector.assess(images))
+    for some in (iter(images), images):
+        assert_answers(list(detector.score_stream(some, batch_size=20)), detector.assess(images))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

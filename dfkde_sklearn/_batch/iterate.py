@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from dfkde_sklearn._threads import computed_ahead
 
@@ -76,7 +77,7 @@ def answers_in_order(assess: Callable[[Any], _Answers], parts: Iterable[Part]) -
                 raise error
 
 
-def parts_of_sequence(images: Any, n_at_once: int) -> Iterator[Part]:
+def parts_of_images(images: Any, n_at_once: int) -> Iterator[Part]:
     """Yield parts of what has a length, and a method `part` from two positions to what a detector takes."""
     for start in range(0, len(images), n_at_once):
         n = min(n_at_once, len(images) - start)
@@ -97,15 +98,25 @@ def parts_of_stream(items: Iterable[Any], n_at_once: int, read: Callable[[list[A
             return
 
 
+def parts_of_table(X: Any, n_at_once: int) -> Iterator[Part]:
+    """Yield parts of what has rows by number: a matrix, a frame, or a list."""
+    by_place = getattr(X, "iloc", X)
+    n = X.shape[0] if hasattr(X, "shape") else len(X)
+    for start in range(0, n, n_at_once):
+        rows = by_place[start : start + n_at_once]
+        yield Part(min(n_at_once, n - start), partial(_of_rows, rows))
+
+
 def parts_of_rows(X: Any) -> Iterator[Part]:
     """Yield parts of a feature matrix, or of an iterable of rows or matrices."""
     if hasattr(X, "shape"):
-        for start in range(0, X.shape[0], _ROWS):
-            rows = X[start : start + _ROWS]
-            yield Part(len(rows), partial(_of_rows, rows))
+        yield from parts_of_table(X, _ROWS)
         return
     for item in X:
-        rows = np.atleast_2d(np.array(item))  # a copy, as the next rows may come in the same memory
+        # A copy, as the next rows may come in the same memory.
+        rows = item.detach().clone() if isinstance(item, Tensor) else np.array(item)
+        if rows.ndim < 2:
+            rows = rows.reshape(1, -1)
         yield Part(len(rows), partial(_of_rows, rows))
 
 

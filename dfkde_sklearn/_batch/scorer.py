@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn import config_context
 from sklearn.utils.validation import check_is_fitted
 
 from dfkde_sklearn._batch.columns import COLUMNS, assessed
@@ -70,7 +71,7 @@ class _OnBatches(metaclass=ABCMeta):
 
         Parameters
         ----------
-        batch : mapping, pandas.DataFrame, pyarrow.Table or iterable
+        batch : mapping, frame of pandas or polars, pyarrow.Table or iterable
             What an engine hands over; it may be empty. A mapping of columns, a frame or a table has the images in
             `column`. An iterable, such as a list, a Series or an array, holds images, or mappings with an image each
             under `column`.
@@ -96,6 +97,14 @@ class _OnBatches(metaclass=ABCMeta):
         if hasattr(batch, "assign"):
             added = self._added(batch, list(batch.columns))
             return batch.assign(**{name: _of_frame(values) for name, values in added.items()})
+        if hasattr(batch, "with_columns") and hasattr(batch, "shape"):  # of polars
+            added = self._added(batch, list(batch.columns))
+            return batch.with_columns(**{name: _series(values) for name, values in added.items()})
+        if hasattr(type(batch), "columns"):
+            raise TypeError(
+                f"A batch is a list of images or a table, and this is a {type(batch).__name__}. Give a frame of pandas "
+                "or polars, or a table of pyarrow."
+            )
         if isinstance(batch, str | os.PathLike):
             raise TypeError(
                 f"A batch is a list of images or a table, and this is one path: {batch!r:.80}. Give [path]."
@@ -125,7 +134,13 @@ class _OnBatches(metaclass=ABCMeta):
     def _added(self, batch: Any, present: list[str]) -> dict[str, NDArray[Any]]:
         """Return the new columns for a batch that has columns already."""
         self._check(present)
-        return self._columns(batch[self.column])
+        images = batch[self.column]
+        if isinstance(images, str | os.PathLike):
+            raise TypeError(
+                f"A batch has a column of images, and {self.column!r} is one path: {images!r:.80}. Give several rows "
+                "at a time, as map_batches does, or [path]."
+            )
+        return self._columns(images)
 
     def _check(self, present: list[str]) -> None:
         if self.column not in present:
@@ -329,8 +344,8 @@ class BatchTransformer(_OnBatches):
         ndarray of shape (n_images, n_features), or (n_images, h, w, C) at positions
             The features.
         """
-        features: NDArray[Any] = self._extractor().transform(X)
-        return features
+        with config_context(transform_output="default"):
+            return np.asarray(self._extractor().transform(X))
 
     @staticmethod
     def _suits(model: Any) -> bool:
@@ -374,6 +389,12 @@ def _of_frame(values: NDArray[Any]) -> Any:
     if values.ndim == 1:
         return values
     return list(values) if len(values) else np.empty(0, object)
+
+
+def _series(values: NDArray[Any]) -> Any:
+    import polars
+
+    return polars.Series(values if values.ndim == 1 else values.reshape(len(values), prod(values.shape[1:])))
 
 
 def _arrow(values: NDArray[Any]) -> Any:

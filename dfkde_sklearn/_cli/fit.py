@@ -64,7 +64,8 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--training-rows",
         action="store_true",
-        help="keep the features of the training images in the file, up to 64 MiB: dfkde update adds new ones",
+        help="keep the features of the training images in the file, which may be hundreds of MB: dfkde update adds new "
+        "ones",
     )
     group = command.add_argument_group("the feature extractor")
     add_features_arguments(group)
@@ -127,7 +128,8 @@ def run(options: argparse.Namespace) -> int:
     source = described(train, groups)
     say(options, f"Fitting a detector to {source}")
     with weights_advice(WEIGHTS_ADVICE):
-        detector.fit(train, groups=groups)
+        # partial_fit keeps the rows, however many.
+        (detector.partial_fit if options.training_rows else detector.fit)(train, groups=groups)
     save_detector(detector, options.model, options.force, training_rows=options.training_rows)
 
     print_facts(
@@ -139,10 +141,14 @@ def run(options: argparse.Namespace) -> int:
         }
     )
     scores = detector.calibration_scores_
+    places = np.arange(len(train)) if detector._places is None else detector._places
     print_table(
         "The training images with the lowest held-out scores; check that they are good:",
         ("path", "score", "less threshold"),
-        [(train[i], f"{scores[i]:.2f}", f"{scores[i] - detector.offset_:.2f}") for i in np.argsort(scores)[:N_LOWEST]],
+        [
+            (train[places[i]], f"{scores[i]:.2f}", f"{scores[i] - detector.offset_:.2f}")
+            for i in np.argsort(scores)[:N_LOWEST]
+        ],
     )
     if test is not None:
         say(options, f"Scoring {len(test.X_test)} test images")

@@ -71,7 +71,8 @@ class DeployableMixin:
         path : str or PathLike
             The file, of any name.
         training_rows : bool, default=False
-            Whether the file also holds what `partial_fit` adds to: the features of the training images, up to 64 MiB.
+            Whether the file also holds what `partial_fit` adds to: the features of the training images, which `fit`
+            keeps up to 64 MiB of, and `partial_fit` all that it uses.
 
         Raises
         ------
@@ -100,7 +101,8 @@ class DeployableMixin:
         if training_rows and sample is None:
             raise ValueError(
                 f"training_rows=True, and this {type(self).__name__} has none: a fit keeps up to 64 MiB of them, and "
-                "none where it drew groups; a file has them if it was saved with them. Leave training_rows out."
+                "none where it drew groups; a file has them if it was saved with them. Fit by partial_fit, which keeps "
+                "all that it uses, or leave training_rows out."
             )
         save(path, self._saved_as, Saved(parameters, features, self.features_, names, self._buffers(), sample))
 

@@ -56,6 +56,8 @@ class PositionBuffers(StateBuffers):
 
     def contradiction(self, parameters: Mapping[str, Any]) -> str | None:
         """Return in which way parameters of the detector contradict the fitted state; None if they do not."""
+        if parameters["n_lowest"] != self.n_lowest:
+            return f"n_lowest={parameters['n_lowest']} was set after a fit with {self.n_lowest}"
         given, fitted = parameters["normalization"], float(self.normalization)
         return None if given in ("auto", fitted) else f"normalization={given} was set after a fit with {fitted}"
 

@@ -53,6 +53,7 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         The positions that are described; None for one vector for each image.
     """
 
+    pooling: str | None
     white_level: int
     batch_size: int
     cache: Cache
@@ -161,7 +162,7 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         OSError
             If the weights of a network have to be loaded again and are not available.
         """
-        check_is_fitted(self, "n_features_out_")
+        self._check_is_fitted()
         if is_stream(X):
             return self._described_stream(X)
         return self._described(as_images(X, self.white_level))
@@ -214,8 +215,17 @@ class FeatureExtractor(TransformerMixin, CallbackSupportMixin, BaseEstimator, me
         iterator of ndarray of shape (n, `n_features_out_`), or (n, h, w, C) at positions, float32
             The features of the next images, as `transform` returns them for all.
         """
-        check_is_fitted(self, "n_features_out_")
+        self._check_is_fitted()
         return self._parts(X)
+
+    def _check_is_fitted(self) -> None:
+        check_is_fitted(self, "n_features_out_")
+        if (self.pooling is None) != (self.grid_shape_ is not None):
+            raise ValueError(
+                f"pooling={self.pooling!r} was set after the fit, which "
+                f"{'pooled the positions' if self.grid_shape_ is None else 'kept the positions'}. Fit anew, or set it "
+                "back."
+            )
 
     # What a subclass says.
 

@@ -142,7 +142,7 @@ async def image_in(request, max_bytes):
         raise HTTPException(408, f"The image did not arrive within {BODY_SECONDS} s.") from None
     except ClientDisconnect:
         raise HTTPException(400, "The client has gone.") from None
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return bytes(body)
 
     async def receive():

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 import safetensors.torch
+import sklearn
 import timm
 import torch
+from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import FeatureUnion
 
@@ -264,6 +267,37 @@ def test_broken_images_beside_missing_ones_keep_their_places(model, data, detect
     assert [rows[1]["score"], rows[3]["score"]] == expected
 
 
+@pytest.mark.parametrize("strange", [np.ones(2), np.zeros((32, 32, 5), np.uint8), np.zeros((32, 32), np.int64), 3])
+def test_what_is_no_image_beside_images_is_broken(model, data, strange):
+    rows = BatchScorer(model, skip_broken=True)([*data.X_test[:2], None, strange])
+    assert [row["verdict"] == "broken" for row in rows] == [False, False, True, True]
+    assert rows[3]["reason"].startswith("images[3]: ")
+
+
+def test_frames_of_polars_are_tables_too(model, paths, detector):
+    frame = pl.DataFrame({"path": [paths[0], None, paths[1]], "k": [1, 2, 3]})
+    found = BatchScorer(model, skip_broken=True)(frame)
+    assert found.columns == ["path", "k", *COLUMNS]
+    assert (found["verdict"] == "broken").to_list() == [False, True, False]
+    assert found["score"].to_list()[::2] == detector.score_samples(paths[:2]).astype(float).tolist()
+    features = BatchTransformer(model)(frame[[0, 2]])["features"]
+    np.testing.assert_array_equal(np.array(features.to_list(), np.float32), detector.features_.transform(paths[:2]))
+    for call in (BatchScorer(model), BatchTransformer(model)):
+        none = call(frame[:0])
+        assert none.shape == (0, 2 + len(call._names))
+        assert none.schema == call(frame[:1]).schema
+    with pytest.raises(TypeError, match=r"this is a LazyFrame\. Give a frame of pandas or polars"):
+        BatchScorer(model)(frame.lazy())
+
+
+def test_features_are_arrays_whatever_scikit_learn_is_configured_to_return(model, paths, detector):
+    expected = detector.features_.transform(paths)
+    with sklearn.config_context(transform_output="pandas"):
+        np.testing.assert_array_equal([row["features"] for row in BatchTransformer(model)(paths)], expected)
+    extractor = clone(detector.features_).fit(paths).set_output(transform="pandas")
+    np.testing.assert_array_equal([row["features"] for row in BatchTransformer(extractor)(paths)], expected)
+
+
 def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):
     class Failing:
         def assess(self, X):
@@ -286,6 +320,7 @@ def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):
         (BatchScorer, [{"image": "a.png"}], ValueError, "no column 'path'"),
         (BatchScorer, {"path": [], "score": []}, ValueError, r"columns \['score'\] already"),
         (BatchScorer, "a.png", TypeError, r"one path: 'a.png'. Give \[path\]"),
+        (BatchScorer, {"path": "a.png"}, TypeError, "'path' is one path: 'a.png'. Give several rows at a time"),
         (BatchScorer, [None], TypeError, r"images\[0\]: None"),
         (lambda _: BatchScorer(3), [], TypeError, "needs a path or a detector; got a int: 3"),
         (lambda _: BatchTransformer(3), [], TypeError, "needs a path or a detector; got a int: 3"),

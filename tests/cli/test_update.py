@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from command_line import SCATTERING, fact, run
 
-from dfkde_sklearn import DFKDEDetector
+from dfkde_sklearn import DFKDEDetector, _streams
 
 
 @pytest.fixture
@@ -29,6 +29,15 @@ def test_an_updated_model_is_that_of_a_fit_to_all_images(model, textures, tmp_pa
     np.testing.assert_allclose(found.score_samples(str(good)), expected.score_samples(str(good)), rtol=1e-5)
     assert fact(printed, "Calibration scores") == f"{n}, before {len(DFKDEDetector.load(model).calibration_scores_)}"
     assert fact(printed, "Threshold").startswith(f"score {expected.offset_:.2f}, before ")
+
+
+def test_rows_are_kept_however_large_they_are(textures, tmp_path, monkeypatch):
+    monkeypatch.setattr(_streams, "_KEPT_BYTES", 1000)
+    path = tmp_path / "model"
+    assert run("fit", textures / "train" / "good", *SCATTERING, "--training-rows", "-o", path) == 0
+    n = len(DFKDEDetector.load(path).calibration_scores_)
+    assert run("update", path, textures / "test" / "good") == 0
+    assert len(DFKDEDetector.load(path).calibration_scores_) == n + 20
 
 
 @pytest.mark.filterwarnings("default")
