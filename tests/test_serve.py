@@ -119,6 +119,9 @@ def test_answers_are_those_of_the_detector_in_the_words_of_the_command_line(serv
         assert as_body.status_code == as_form.status_code == 200
         answer = as_body.json()
         assert answer == as_form.json()
+        form = httpx.Request("POST", server.url, files={"image": ("a.png", file)})
+        capitals = {"content-type": form.headers["content-type"].replace("multipart/form-data", "Multipart/Form-Data")}
+        assert server.score(form.read(), headers=capitals).json() == answer
         assert answer["verdict"] == ("anomalous" if expected.label[i] == -1 else "normal")
         assert answer["label"] == expected.label[i]
         assert answer["score"] == pytest.approx(expected.log_density[i], rel=1e-5)

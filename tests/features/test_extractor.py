@@ -43,6 +43,19 @@ def test_a_module_of_an_extractor_has_its_features(fitted, images):
     np.testing.assert_array_equal(again.transform(images), fitted.transform(images))
 
 
+def test_pooling_set_after_the_fit_is_refused_until_the_next(fitted, images):
+    pooling, expected = fitted.pooling, fitted.transform(images)
+    fitted.set_params(pooling=None)
+    for transform in (fitted.transform, lambda X: list(fitted.transform_parts(X))):
+        with pytest.raises(ValueError, match="pooling=None was set after the fit, which pooled the positions"):
+            transform(images)
+    at_positions = fitted.fit_transform(images)
+    assert at_positions.ndim == 4
+    with pytest.raises(ValueError, match="was set after the fit, which kept the positions"):
+        fitted.set_params(pooling=pooling).transform(images)
+    np.testing.assert_array_equal(fitted.fit_transform(images), expected)
+
+
 def test_a_module_reads_images_by_the_white_level_of_its_extractor(images):
     deep = np.round(images / 255 * 4095).astype(np.uint16)
     for build in EXTRACTORS.values():
