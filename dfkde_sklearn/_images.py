@@ -468,7 +468,7 @@ def unreadable(X: Any) -> dict[int, str]:
                 images[i] = as_images([entry], first=i)
             except (TypeError, ValueError) as error:
                 reasons[i] = str(error)
-        if not images and not missing:
+        if not images and len(missing) < len(entries):  # such as feature rows
             return {}
     else:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFile
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 # Images of a stream that are in memory at a time, where one pass suffices.
 STREAMED = 256
@@ -122,11 +122,13 @@ def stream_items(X: Iterable[Any]) -> Iterator[Any]:
     TypeError
         If an item is nothing of this.
     """
-    # Of grey images a batch has three dimensions, as one image in colour has.
-    least = 3 if isinstance(X, DataLoader) and X.batch_sampler is not None else 4
+    loader = X if isinstance(X, DataLoader) else None
+    is_collated = loader is not None and loader.batch_sampler is not None and loader.collate_fn is default_collate
+    # torch makes lists of the tuples of a data set.
+    is_sample = loader is not None and loader.batch_sampler is None
     for number, item in enumerate(X):
-        found = _image_of(item, f"item {number} of the stream", least)
-        if isinstance(found, list) or _is_batch(found, least):
+        found = _image_of(item, f"item {number} of the stream", is_collated=is_collated, is_sample=is_sample)
+        if isinstance(found, list) or _is_batch(found, is_collated):
             yield from map(_own, found)
         else:
             yield _own(found)
@@ -153,45 +155,54 @@ def _own(image: Any) -> Any:
     return image.copy() if is_in_memory or isinstance(image, np.ndarray) else image
 
 
-def _image_of(item: Any, name: str, least: int = 4) -> Any:
-    """Return an image, or a batch of images, which has at least that many dimensions, without its label."""
+def _image_of(item: Any, name: str, *, is_collated: bool = False, is_sample: bool = False) -> Any:
+    """Return an image, or a batch of images, without its label.
+
+    What a ``DataLoader`` has collated are batches; a sample is one image.
+    """
     if isinstance(item, dict):
-        images = {key: value for key, value in item.items() if _is_image(value)}
+        images = {key: value for key, value in item.items() if _is_image(value, is_collated)}
         if len(images) != 1:
             raise TypeError(
                 f"{name} has {len(images)} images, under the keys {list(images)} of {list(item)}. Give an iterable of "
                 "images, for example (row['image'] for row in X)."
             )
         return next(iter(images.values()))
-    if isinstance(item, tuple | list):
-        if _are_images(item):
-            # A list is a batch, but not of batches: a `DataLoader` makes one of the batches of images and of masks.
-            if len(item) > 1 and (isinstance(item, tuple) or any(_is_batch(image, least) for image in item)):
-                raise TypeError(
-                    f"{name} is a {type(item).__name__} of {len(item)} images, such as an image and its mask. Give the "
-                    "images alone, for example (image for image, mask in X), and several at once as a list."
-                )
-            # Of one tensor, a `TensorDataset` makes such tuples, and a `DataLoader` lists of one batch.
-            return item[0] if len(item) == 1 else list(item)
-        if item and (_is_image(item[0]) or (isinstance(item[0], list | tuple) and _are_images(item[0]))):
-            return list(item[0]) if isinstance(item[0], tuple) else item[0]
-        raise TypeError(f"{name} is a {type(item).__name__} without images: {item!r:.80}.")
-    return item
+    if not isinstance(item, tuple | list):
+        return item
+    if _are_images(item, is_collated):
+        is_one = is_sample or isinstance(item, tuple) or any(_is_batch(image, is_collated) for image in item)
+        if is_one and len(item) > 1:
+            raise TypeError(
+                f"{name} is a {type(item).__name__} of {len(item)} images, such as an image and its mask. Give the "
+                "images alone, for example (image for image, mask in X), and several at once as a list."
+            )
+        # Of one tensor, a `TensorDataset` makes such tuples, and a `DataLoader` lists of one batch.
+        return item[0] if len(item) == 1 else list(item)
+    is_of_samples = all(isinstance(one, tuple | list) and one and _is_image(one[0], is_collated) for one in item)
+    if item and isinstance(item, list) and is_of_samples and not is_collated:
+        return [_image_of(one, name, is_sample=True) for one in item]
+    first = item[0] if item else None
+    if _is_image(first, is_collated) or (isinstance(first, list | tuple) and _are_images(first, False)):
+        return list(first) if isinstance(first, tuple) else first
+    raise TypeError(f"{name} is a {type(item).__name__} without images: {item!r:.80}.")
 
 
-def _are_images(values: Sequence[Any]) -> bool:
+def _are_images(values: Sequence[Any], is_collated: bool) -> bool:
     """Return whether there are images only, and not an image beside its path, which is a label."""
     is_path = [isinstance(value, str | os.PathLike) for value in values]
-    return bool(values) and all(map(_is_image, values)) and (is_path[0] or not any(is_path))
+    are_images = bool(values) and all(_is_image(value, is_collated) for value in values)
+    return are_images and (is_path[0] or not any(is_path))
 
 
-def _is_batch(value: Any, least: int) -> bool:
-    return isinstance(value, np.ndarray | torch.Tensor) and value.ndim >= least
+def _is_batch(value: Any, is_collated: bool) -> bool:
+    # Of grey images a batch has three dimensions, as one image in colour has.
+    return isinstance(value, np.ndarray | torch.Tensor) and value.ndim >= (3 if is_collated else 4)
 
 
-def _is_image(value: Any) -> bool:
+def _is_image(value: Any, is_collated: bool) -> bool:
     if isinstance(value, np.ndarray | torch.Tensor):
-        return value.ndim >= 2
+        return value.ndim >= (3 if is_collated else 2)
     return isinstance(value, (str, os.PathLike, Image.Image, *ENCODED))
 
 

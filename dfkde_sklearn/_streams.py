@@ -40,6 +40,8 @@ from dfkde_sklearn._matrices import floats, is_matrix
 
 # The size of training rows up to which `fit` keeps them for `partial_fit`.
 _KEPT_BYTES = 2**26
+# Parameters of transformers that do not change what they return.
+_OF_A_RUN = ("batch_size", "cache", "device", "memory", "n_jobs", "verbose")
 # Images to which any detector can be fitted.
 _ENOUGH = 3
 
@@ -300,9 +302,12 @@ class StreamsMixin:
             )
         elif reads_images:
             parts = parts_of_images(as_images(X, white_level), batch_size)
+        elif isinstance(X, str | PathLike):
+            parts = parts_of_table([os.fspath(path) for path in files_at(Path(X))], batch_size)
+        elif isinstance(X, list | tuple) or hasattr(X, "shape"):
+            parts = parts_of_table(X, batch_size)
         else:
-            is_path = isinstance(X, str | PathLike)
-            parts = parts_of_table([os.fspath(path) for path in files_at(Path(X))] if is_path else X, batch_size)
+            parts = parts_of_stream(stream_items(X), batch_size, lambda some, _: some)
         return answers_in_order(self.assess, not_empty(parts))
 
     def _become(self, fitted: Self) -> None:
@@ -358,7 +363,7 @@ class StreamsMixin:
         return {
             f"features__{name}": (old.get(name), new.get(name))
             for name in sorted(old.keys() | new.keys())
-            if _differ(old.get(name), new.get(name))
+            if name.rpartition("__")[2] not in _OF_A_RUN and _differ(old.get(name), new.get(name))
         }
 
     def _begin(self, X: Any) -> None:
@@ -391,6 +396,10 @@ def _differ(old: Any, new: Any) -> bool:
     """Return whether a parameter has changed, as far as one can see: copies of objects need not be equal."""
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         return len(old) != len(new) or any(map(_differ, old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() != new.keys() or any(_differ(old[key], new[key]) for key in old)
+    if hasattr(old, "__name__") and hasattr(new, "__name__"):  # functions, which are copied by name
+        return old is not new
     plain = (str, PathLike, Number, NoneType)
     if isinstance(old, plain) and isinstance(new, plain):
         return bool(old != new and (old == old or new == new))  # unless both are NaN

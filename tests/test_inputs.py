@@ -128,14 +128,45 @@ def test_a_container_gives_the_scores_of_the_list(name, folder, detectors):
     assert [of_image.shape for of_image in maps] == [(32, 32)] * 24
 
 
+COLOUR = np.repeat(IMAGES[..., None], 3, 3)
+LABELLED = [(image, i % 3) for i, image in enumerate(COLOUR)]
+MASKED = list(zip(COLOUR, IMAGES, strict=True))
+TUPLES = TensorDataset(torch.from_numpy(COLOUR))
+LOADERS = {
+    "one image at a time": lambda: DataLoader(COLOUR, batch_size=1, collate_fn=list),
+    "one sample at a time": lambda: DataLoader(LABELLED, batch_size=1, collate_fn=lambda batch: batch[0]),
+    "lists of images": lambda: DataLoader(COLOUR, batch_size=5, collate_fn=list),
+    "lists of samples": lambda: DataLoader(LABELLED, batch_size=5, collate_fn=list),
+    "lists of tuples": lambda: DataLoader(TUPLES, batch_size=5, collate_fn=list),
+    "samples": lambda: DataLoader(LABELLED, batch_size=None),
+    "vectors as labels": lambda: DataLoader([(image, np.eye(3)[i]) for image, i in LABELLED], batch_size=5),
+    "vectors in dictionaries": lambda: DataLoader(
+        [{"image": image, "label": np.eye(3)[i]} for image, i in LABELLED], batch_size=5
+    ),
+    "names as labels": lambda: DataLoader([(image, str(i)) for image, i in LABELLED], batch_size=5),
+    "lists of images and paths": lambda: iter([[(Image.fromarray(image), "a.png") for image in COLOUR]]),
+    "batches and labels": lambda: iter([(list(COLOUR[:9]), [0] * 9), [list(COLOUR[9:]), [1] * 15]]),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_what_loaders_give_is_as_many_images_as_they_load(name, detectors):
+    for detector in detectors:
+        np.testing.assert_allclose(detector.score_samples(LOADERS[name]()), detector.score_samples(COLOUR), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: ((picture, picture.resize((32, 32)).convert("1")) for picture in PICTURES),
-        lambda: zip(np.repeat(IMAGES[..., None], 3, 3), IMAGES, strict=True),
+        lambda: iter(MASKED),
         lambda: zip(IMAGES, IMAGES, strict=True),
-        lambda: TensorDataset(tensors().expand(-1, 3, -1, -1), tensors()),
-        lambda: DataLoader(TensorDataset(tensors().expand(-1, 3, -1, -1), tensors()), batch_size=5),
+        lambda: TensorDataset(torch.from_numpy(COLOUR), tensors()),
+        lambda: DataLoader(TensorDataset(torch.from_numpy(COLOUR), tensors()), batch_size=5),
+        lambda: DataLoader(MASKED, batch_size=5),
+        lambda: DataLoader(MASKED, batch_size=5, collate_fn=list),
+        lambda: DataLoader(MASKED, batch_size=None),
+        lambda: zip(["a.png"], ["a_mask.png"], strict=True),
     ],
 )
 def test_images_beside_their_masks_are_not_taken_for_twice_as_many(make, detectors):
@@ -251,7 +282,7 @@ def test_bad_containers_are_errors_that_say_what_is_allowed(folder):
     with pytest.raises(TypeError, match="without images"):
         as_images(iter([(1, 2)]))
     with pytest.raises(TypeError, match="without images"):
-        as_images(iter([[(PICTURES[0], "a.png"), (PICTURES[1], "b.png")]]))
+        as_images(iter([[(PICTURES[0], "a.png"), (1, "b.png")]]))
     with pytest.raises(TypeError, match=r"images\[0\]: 5 of type int"):
         as_images(iter([5]))
     with pytest.raises(TypeError, match="dict"):

@@ -60,7 +60,7 @@ ALLOWED = {
         *("_callbacks", "_explanation", "_streams", "_inputs"),
     },
     # It takes anything with `assess`; the class of a detector in a file comes by its public name.
-    "_batch": {"_calibration", "_deploy", "_images", "_threads"},
+    "_batch": {"_calibration", "_deploy", "_images", "_inputs", "_threads"},
     "_report": {"_calibration", "_explanation", "_images", "_inputs", "_maps", "_files", "_threads", "datasets"},
     "datasets": {"_images", "_files"},
     "metrics": set(),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import deque
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,8 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import FeatureUnion, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from torch.utils.data import ConcatDataset
 
 from dfkde_sklearn import DFKDEDetector, PatchDFKDEDetector, ScatteringFeatures
 
@@ -167,6 +169,7 @@ def test_rows_that_are_not_kept_make_a_fit_all_the_same():
     [
         ("pooled", {"features__scales": 3}, "features__scales: 2 became 3"),
         ("pooled", {"features": None}, "features: ScatteringFeatures"),
+        ("pooled", {"features__cache_dtype": "float16"}, "features__cache_dtype: 'float32' became 'float16'"),
         ("pooled", {"features": FeatureUnion([("maps", MAPS)])}, "features: ScatteringFeatures"),
         ("positions", {"features__white_level": 4095}, "features__white_level: 65535 became 4095"),
         ("positions", {"flips": "all"}, "flips: None became 'all'"),
@@ -186,6 +189,26 @@ def test_images_are_described_as_those_before_or_refused(kind, changed, named, i
     assert pickle.dumps({name: value for name, value in vars(detector).items() if name.endswith("_")}) == before
     detector.set_params(**old).partial_fit(IMAGES[50:])
     assert len(detector.calibration_scores_) == 60
+
+
+def test_what_decides_only_how_features_are_computed_may_change(tmp_path):
+    changed = {"batch_size": 4, "cache": str(tmp_path), "device": "cpu", "verbose": 1}
+    for of_whom in ("features", "features_"):
+        detector = clone(DETECTORS["pooled"]).fit(IMAGES[:50])
+        getattr(detector, of_whom).set_params(**changed)
+        assert_same(clone(DETECTORS["pooled"]).fit(IMAGES), detector.partial_fit(IMAGES[50:]))
+
+
+@pytest.mark.parametrize(("old", "new"), [(np.log1p, np.sqrt), (np.sort, np.copy)])
+def test_functions_and_dictionaries_are_compared(old, new):
+    steps = make_pipeline(FunctionTransformer(old, kw_args={}))
+    detector = DFKDEDetector(steps, n_components=3).fit(np.abs(ROWS[:200]))
+    detector = pickle.loads(pickle.dumps(detector)).partial_fit(np.abs(ROWS[200:220]))
+    for changed in ({"func": new}, {"kw_args": {"axis": 0}}):
+        other = pickle.loads(pickle.dumps(detector))
+        other.set_params(**{f"features__functiontransformer__{name}": value for name, value in changed.items()})
+        with pytest.raises(ValueError, match="The kept rows were computed with other parameters"):
+            other.partial_fit(np.abs(ROWS[220:]))
 
 
 def test_a_union_is_the_same_union_in_the_next_call():
@@ -473,7 +496,7 @@ def test_any_transformer_scores_streams():
             return np.array([image.ravel() for image in X])
 
     detector = DFKDEDetector(Flat(), n_components=2).fit(images)
-    for some in (iter(images), images):
+    for some in (iter(images), images, deque(images), ConcatDataset([images])):
         assert_answers(list(detector.score_stream(some, batch_size=20)), detector.assess(images))
 
 

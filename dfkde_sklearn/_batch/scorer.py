@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import config_context
 from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
 
 from dfkde_sklearn._batch.columns import COLUMNS, assessed
 from dfkde_sklearn._batch.models import here, load_detector, once_a_process, sha256_of
+from dfkde_sklearn._inputs import is_missing
 
 if TYPE_CHECKING:
     from dfkde_sklearn._calibration import Assessment
@@ -111,11 +113,13 @@ class _OnBatches(metaclass=ABCMeta):
             )
         images = _items(batch)
         known: Sequence[Mapping[str, Any]] = [{}] * len(images)
-        if len(images) and isinstance(images[0], Mapping):
-            for row in images:
+        if any(isinstance(row, Mapping) for row in images):
+            # A row may be missing.
+            known = [row if isinstance(row, Mapping) else {self.column: row} for row in images]
+            for row in known:
                 self._check(list(row))
-            known, images = images, [row[self.column] for row in images]
-        elif any(isinstance(image, str | os.PathLike) for image in images):
+            images = [row[self.column] for row in known]
+        elif isinstance(images, list) and images and all(map(_is_path_or_missing, images)):
             known = [{"path": os.fspath(path) if isinstance(path, str | os.PathLike) else None} for path in images]
         rows = zip(*map(_listed, self._columns(images).values()), strict=True)
         return [
@@ -135,9 +139,9 @@ class _OnBatches(metaclass=ABCMeta):
         """Return the new columns for a batch that has columns already."""
         self._check(present)
         images = batch[self.column]
-        if isinstance(images, str | os.PathLike):
+        if isinstance(images, str | os.PathLike | bytes):
             raise TypeError(
-                f"A batch has a column of images, and {self.column!r} is one path: {images!r:.80}. Give several rows "
+                f"A batch has a column of images, and {self.column!r} is one: {images!r:.80}. Give several rows "
                 "at a time, as map_batches does, or [path]."
             )
         return self._columns(images)
@@ -377,6 +381,12 @@ def _items(batch: Any) -> Any:
     if hasattr(batch, "to_pylist"):  # of pyarrow and Daft
         return batch.to_pylist()
     return batch if isinstance(batch, np.ndarray) and batch.dtype.kind not in "OUT" else list(batch)
+
+
+def _is_path_or_missing(image: Any) -> bool:
+    if isinstance(image, np.ndarray | Tensor):
+        return False
+    return isinstance(image, str | os.PathLike) or is_missing(image)
 
 
 def _listed(values: NDArray[Any]) -> list[Any]:

@@ -194,6 +194,13 @@ def layers(text: str) -> list[str]:
     return text.split(",")
 
 
+def filled(text: str) -> str:
+    """Return a text that is not empty, as that of an unset variable of a shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty. Leave the option out, or name something")
+    return text
+
+
 def file_path(text: str) -> Path:
     """Return a path; an empty one, as of an unset variable of a shell, would be the current folder."""
     if not text:

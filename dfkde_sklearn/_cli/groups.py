@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfkde_sklearn._cli.arguments import filled
 from dfkde_sklearn._cli.images import root_of
 
 FOLDER = "folder"
@@ -19,6 +20,7 @@ def add_groups_argument(command: argparse.ArgumentParser, purpose: str) -> None:
     """Add --groups; `purpose` says what for."""
     command.add_argument(
         "--groups",
+        type=filled,
         metavar="RULE",
         help=f"which images show the same part, {purpose}: 'folder', those in one folder; FILE.csv, a table with the "
         "columns path and group; or a regular expression for the path of an image below the folder that holds all, "

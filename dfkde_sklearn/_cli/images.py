@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfkde_sklearn._cli.arguments import filled
+
 STDIN = "-"
 _NOTE = (
     "files, folders of images, quoted patterns such as 'parts/**/*.png', where ** stands for folders at any depth, or "
@@ -31,6 +33,7 @@ def add_images_argument(command: argparse.ArgumentParser, what: str) -> None:
     group.add_argument(
         "--files-from",
         action=Listing,
+        type=filled,
         metavar="FILE",
         help="take the images that are named in this file, one a line; - is standard input",
     )

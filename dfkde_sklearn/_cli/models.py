@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dfkde_sklearn._cli.arguments import add_run_arguments, file_path, given, weights_advice
+from dfkde_sklearn._cli.arguments import add_run_arguments, file_path, filled, given, weights_advice
 from dfkde_sklearn._cli.files import check_new
 from dfkde_sklearn._cli.output import shows_progress
 
@@ -39,7 +39,7 @@ def add_extractor_arguments(command: argparse.ArgumentParser) -> None:
 def add_weights_argument(group: Any) -> None:
     """Add --weights."""
     group.add_argument(
-        "--weights", metavar="FILE", help="the weights of the backbone, if they have moved since the fit"
+        "--weights", type=filled, metavar="FILE", help="the weights of the backbone, if they have moved since the fit"
     )
 
 

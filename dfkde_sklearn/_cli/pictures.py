@@ -57,10 +57,16 @@ def map_files(folder: Path, paths: Sequence[str], kinds: Sequence[str], force: b
     # As in the folders that the images are in, where they are in several.
     places = {path: Path(path).absolute() for path in paths}
     root = os.path.commonpath([place.parent for place in places.values()])
-    files = {}
+    files, taken = {}, dict[str, str]()
     for path, place in places.items():
         name = "_".join(place.relative_to(root).parts)
         files[path] = [folder / f"{name}.{kind}.png" for kind in kinds]
+        other = taken.setdefault(name, path)
+        if other != path:
+            raise ValueError(
+                f"--maps: {other} and {path} would both have the map {name}.map.png. Rename one, or score them in two "
+                "runs."
+            )
     if folder.exists():
         for of_image in files.values():
             for file in of_image:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfkde_sklearn._cli.arguments import POSITIONS, given
+from dfkde_sklearn._cli.arguments import POSITIONS, filled, given
 from dfkde_sklearn._cli.images import image_paths, paths_at, single_folder
 from dfkde_sklearn._cli.output import shows_progress
 
@@ -34,6 +34,7 @@ def add_features_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--weights",
+        type=filled,
         metavar="FILE",
         help="the weights of the backbone, as safetensors or a state dict; nothing is downloaded then",
     )

@@ -267,6 +267,18 @@ def test_broken_images_beside_missing_ones_keep_their_places(model, data, detect
     assert [rows[1]["score"], rows[3]["score"]] == expected
 
 
+def test_missing_rows_are_an_error_or_broken_and_no_others(model, data):
+    rows = np.random.default_rng(0).normal(size=(50, 6))
+    of_rows = BatchScorer(DFKDEDetector(n_components=2).fit(rows), column="features", skip_broken=True)
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        of_rows([rows[0], None, rows[2]])
+    assert [row["verdict"] for row in of_rows([None, None])] == ["broken"] * 2
+    # The columns of the rest of a bag.
+    assert BatchScorer(model, skip_broken=True)([None])[0]["path"] is None
+    found = BatchScorer(model, column="image", skip_broken=True)([None, {"image": data.X_test[0]}])
+    assert [row["verdict"] == "broken" for row in found] == [True, False]
+
+
 @pytest.mark.parametrize("strange", [np.ones(2), np.zeros((32, 32, 5), np.uint8), np.zeros((32, 32), np.int64), 3])
 def test_what_is_no_image_beside_images_is_broken(model, data, strange):
     rows = BatchScorer(model, skip_broken=True)([*data.X_test[:2], None, strange])
@@ -320,7 +332,8 @@ def test_errors_of_the_detector_are_not_taken_for_broken_images(model, paths):
         (BatchScorer, [{"image": "a.png"}], ValueError, "no column 'path'"),
         (BatchScorer, {"path": [], "score": []}, ValueError, r"columns \['score'\] already"),
         (BatchScorer, "a.png", TypeError, r"one path: 'a.png'. Give \[path\]"),
-        (BatchScorer, {"path": "a.png"}, TypeError, "'path' is one path: 'a.png'. Give several rows at a time"),
+        (BatchScorer, {"path": "a.png"}, TypeError, "'path' is one: 'a.png'. Give several rows at a time"),
+        (BatchScorer, {"path": b"GIF"}, TypeError, "'path' is one: b'GIF'. Give several rows at a time"),
         (BatchScorer, [None], TypeError, r"images\[0\]: None"),
         (lambda _: BatchScorer(3), [], TypeError, "needs a path or a detector; got a int: 3"),
         (lambda _: BatchTransformer(3), [], TypeError, "needs a path or a detector; got a int: 3"),

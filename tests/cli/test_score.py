@@ -131,6 +131,18 @@ def test_maps_show_where_the_defects_are(positions, textures, tmp_path):
     assert sum(verdicts[path] == "anomalous" for path in holes) >= 15
 
 
+def test_images_whose_maps_would_have_one_name_are_refused(positions, textures, tmp_path, capsys):
+    image = (textures / "test" / "good" / "000.png").read_bytes()
+    (tmp_path / "images" / "00").mkdir(parents=True)
+    for name in ("00/00.png", "00_00.png"):
+        (tmp_path / "images" / name).write_bytes(image)
+    assert run("score", positions, tmp_path / "images", "--maps", tmp_path / "maps", "--force") == 2
+    error = capsys.readouterr().err
+    assert "00.png and " in error
+    assert "would both have the map 00_00.png.map.png. Rename one" in error
+    assert not (tmp_path / "maps").exists()
+
+
 def test_maps_of_cropped_images_are_refused(textures, tmp_path, capsys):
     features = TimmFeatures(
         "test_resnet", pretrained=False, layers="layer2", pooling=None, crop="center", image_size=64, random_state=0

@@ -202,6 +202,8 @@ def test_a_name_that_is_not_utf_8_has_a_way_out_that_shards_have(fitted, images,
         (["--shard", "1/4", "--parquet", "F", "--groups", "folder"], "--groups is for all images at once"),
         (["--shard", "1/4", "--parquet", "F", "--sort", "input"], "--sort is for all images at once"),
         (["--shard", "1/4", "--parquet", ""], "argument --parquet: the path is empty. For the current folder use '.'"),
+        (["--files-from="], "argument --files-from: the value is empty. Leave the option out, or name something"),
+        (["--weights="], "argument --weights: the value is empty"),
         (["--shard", "1/4", "--parquet", __file__], "with --shard it is a folder, and this is a file"),
     ],
 )

@@ -31,6 +31,13 @@ def test_an_updated_model_is_that_of_a_fit_to_all_images(model, textures, tmp_pa
     assert fact(printed, "Threshold").startswith(f"score {expected.offset_:.2f}, before ")
 
 
+@pytest.mark.parametrize("options", [("--batch-size", "8"), ("--cache", "features")])
+def test_an_update_may_compute_features_in_another_way(options, model, textures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("update", model, textures / "test" / "good", *options) == 0
+    assert len(DFKDEDetector.load(model).calibration_scores_) == 80
+
+
 def test_rows_are_kept_however_large_they_are(textures, tmp_path, monkeypatch):
     monkeypatch.setattr(_streams, "_KEPT_BYTES", 1000)
     path = tmp_path / "model"
