@@ -637,6 +637,7 @@ class DFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, Callb
         self.classes_ = np.array([-1, 1])
         self.n_features_in_ = len(self.mean_)
         self.features_ = extractor
+        self._read_arrays()
 
     def _log_density(self, X: Any, *, full: bool = False) -> NDArray[np.floating]:
         check_is_fitted(self)

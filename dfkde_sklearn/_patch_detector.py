@@ -746,6 +746,7 @@ class PatchDFKDEDetector(CalibratedOutlierMixin, StreamsMixin, DeployableMixin, 
         self.classes_ = np.array([-1, 1])
         self.n_features_in_ = buffers.n_features
         self.features_ = extractor
+        self._read_arrays()
         # Of the fit, where the parameters may be set to something else.
         self._flips, self._n_lowest = self.flips, buffers.n_lowest
 

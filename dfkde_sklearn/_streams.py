@@ -369,7 +369,7 @@ class StreamsMixin:
     def _begin(self, X: Any) -> None:
         """Begin anew: draw a seed, and set `features_` to a new feature extractor, or None for a feature matrix X."""
         self.__dict__.pop("_sample", None)
-        self._places = None
+        self.__dict__.pop("_places", None)
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if self.features is None or (isinstance(self.features, str) and is_matrix(X)):
             self.features_ = None
@@ -377,8 +377,11 @@ class StreamsMixin:
             self.features_ = self._default_extractor()
         else:
             self.features_ = clone(self.features)
+        self._read_arrays()
+
+    def _read_arrays(self) -> None:
+        """Have the feature extractor return arrays, whatever scikit-learn is configured to return."""
         if isinstance(self.features_, FeatureExtractor):
-            # Arrays, whatever scikit-learn is configured to return.
             self.features_.set_output(transform="default")
 
 

@@ -466,11 +466,15 @@ def test_features_may_come_one_by_one():
         detector.fit_features([rows[:2]])
 
 
-def test_a_detector_has_arrays_whatever_scikit_learn_is_configured_to_return():
+def test_a_detector_has_arrays_whatever_scikit_learn_is_configured_to_return(tmp_path):
     expected = {kind: clone(detector).fit(IMAGES).score_samples(IMAGES) for kind, detector in DETECTORS.items()}
     with sklearn.config_context(transform_output="pandas"):
         for kind, detector in DETECTORS.items():
-            np.testing.assert_array_equal(clone(detector).fit(IMAGES).score_samples(IMAGES), expected[kind])
+            fitted = clone(detector).fit(IMAGES)
+            np.testing.assert_array_equal(fitted.score_samples(IMAGES), expected[kind])
+            fitted.save(tmp_path / kind)
+            loaded = type(fitted).load(tmp_path / kind)
+            np.testing.assert_array_equal(loaded.score_samples(IMAGES), expected[kind])
     features = clone(POOLED).set_output(transform="polars")
     found = DFKDEDetector(features, n_components=3, random_state=1).fit(IMAGES).score_samples(IMAGES)
     np.testing.assert_array_equal(found, expected["pooled"])
