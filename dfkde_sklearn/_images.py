@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from dfkde_sklearn._inputs import ENCODED, Lazy, is_missing, unpacked
+from dfkde_sklearn._inputs import ENCODED, Lazy, lacks_image, unpacked
 from dfkde_sklearn._threads import Lock, computed_ahead
 
 # fmt: off
@@ -225,9 +225,7 @@ class Images(Sequence[Image.Image]):
         list, ndarray or Tensor
             What `as_images` accepts.
         """
-        if isinstance(self._items, list | Lazy):
-            return [self._items[i] for i in indices]
-        return self._items[list(indices)]
+        return _at(self._items, indices)
 
     def part(self, start: int, stop: int) -> Images:
         """Return the images from `start` to `stop`, under their names.
@@ -459,16 +457,17 @@ def unreadable(X: Any) -> dict[int, str]:
     entries = unpacked(X)
     reasons, images = dict[int, str](), dict[int, Images]()
     if isinstance(entries, list | tuple) or (isinstance(entries, np.ndarray) and entries.dtype.kind in "OUT"):
-        missing = []
+        n_missing = 0
         for i, entry in enumerate(entries):
+            if lacks_image(entry):
+                n_missing += 1
+                reasons[i] = f"images[{i}] is {entry!r}: there is no image."
+                continue
             try:
-                if not isinstance(entry, np.ndarray | torch.Tensor) and (is_missing(entry) or entry == ""):
-                    missing.append(i)
-                    raise ValueError(f"images[{i}] is {entry!r}: there is no image.")
                 images[i] = as_images([entry], first=i)
             except (TypeError, ValueError) as error:
                 reasons[i] = str(error)
-        if not images and len(missing) < len(entries):  # such as feature rows
+        if not images and n_missing < len(entries):  # such as feature rows
             return {}
     else:
         try:
@@ -486,7 +485,10 @@ def unreadable(X: Any) -> dict[int, str]:
 
 def chosen(X: Any, places: Sequence[int]) -> Any:
     """Return some of the images, as the user handed them in."""
-    entries = unpacked(X)
+    return _at(unpacked(X), places)
+
+
+def _at(entries: Any, places: Sequence[int]) -> Any:
     return [entries[i] for i in places] if isinstance(entries, list | tuple | Lazy) else entries[list(places)]
 
 

@@ -142,6 +142,11 @@ def is_missing(entry: Any) -> bool:
         return True
 
 
+def lacks_image(entry: Any) -> bool:
+    """Return whether an entry of a list or column of images is missing, or an empty path."""
+    return not isinstance(entry, np.ndarray | torch.Tensor) and (is_missing(entry) or entry == "")
+
+
 def _own(image: Any) -> Any:
     """Return a copy of an image in memory: a camera may write its next image into the same."""
     if isinstance(image, torch.Tensor):

@@ -292,22 +292,20 @@ class StreamsMixin:
         reads_images = _reads_images(self.features_)
         # Of several extractors, each has a white level of its own.
         white_level = getattr(self.features_, "white_level", None)
+
+        def read(some: list[Any], first: int) -> Any:
+            return as_images(some, white_level, first) if reads_images else some
+
         if self.features_ is None:
             parts = parts_of_rows(X)
-        elif is_stream(X):
-            parts = parts_of_stream(
-                stream_items(X),
-                batch_size,
-                lambda some, first: as_images(some, white_level, first) if reads_images else some,
-            )
-        elif reads_images:
+        elif reads_images and not is_stream(X):
             parts = parts_of_images(as_images(X, white_level), batch_size)
         elif isinstance(X, str | PathLike):
             parts = parts_of_table([os.fspath(path) for path in files_at(Path(X))], batch_size)
         elif isinstance(X, list | tuple) or hasattr(X, "shape"):
             parts = parts_of_table(X, batch_size)
         else:
-            parts = parts_of_stream(stream_items(X), batch_size, lambda some, _: some)
+            parts = parts_of_stream(stream_items(X), batch_size, read)
         return answers_in_order(self.assess, not_empty(parts))
 
     def _become(self, fitted: Self) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import config_context
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
 from dfkde_sklearn._batch.columns import COLUMNS, assessed
 from dfkde_sklearn._batch.models import here, load_detector, once_a_process, sha256_of
-from dfkde_sklearn._inputs import is_missing
+from dfkde_sklearn._inputs import lacks_image
 
 if TYPE_CHECKING:
     from dfkde_sklearn._calibration import Assessment
@@ -119,8 +118,8 @@ class _OnBatches(metaclass=ABCMeta):
             for row in known:
                 self._check(list(row))
             images = [row[self.column] for row in known]
-        elif isinstance(images, list) and images and all(map(_is_path_or_missing, images)):
-            known = [{"path": os.fspath(path) if isinstance(path, str | os.PathLike) else None} for path in images]
+        elif isinstance(images, list) and images and all(_is_path(image) or lacks_image(image) for image in images):
+            known = [{"path": os.fspath(path) if _is_path(path) else None} for path in images]
         rows = zip(*map(_listed, self._columns(images).values()), strict=True)
         return [
             {**mapping, **dict(zip(self._names, row, strict=True))} for mapping, row in zip(known, rows, strict=True)
@@ -383,10 +382,8 @@ def _items(batch: Any) -> Any:
     return batch if isinstance(batch, np.ndarray) and batch.dtype.kind not in "OUT" else list(batch)
 
 
-def _is_path_or_missing(image: Any) -> bool:
-    if isinstance(image, np.ndarray | Tensor):
-        return False
-    return isinstance(image, str | os.PathLike) or is_missing(image)
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike)
 
 
 def _listed(values: NDArray[Any]) -> list[Any]:

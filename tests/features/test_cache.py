@@ -9,9 +9,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -639,18 +639,9 @@ def test_threads_share_the_memory(paths):
     network = Network()
     features = extractor(network, cache=True).fit(paths)
     expected = extractor(network).fit_transform(paths)
-    found = {}
-
-    def describe(i):
-        found[i] = features.transform(paths)
-
-    threads = [threading.Thread(target=describe, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(4):
-        np.testing.assert_array_equal(found[i], expected)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: features.transform(paths), range(4)):
+            np.testing.assert_array_equal(found, expected)
 
 
 def damage(file, how):

@@ -4,7 +4,7 @@ import builtins
 import io
 import multiprocessing
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -74,16 +74,12 @@ def test_threads_of_a_user_get_their_own_results(engine):
     features = tiny(engine, layers="layer2").fit(IMAGES)
     images = np.random.default_rng(1).integers(0, 256, (24, 48, 56, 3), np.uint8)
     expected = features.transform(images)
-    found = {}
 
     def describe(i):
-        found[i] = np.concatenate([features.transform(images[[j]]) for j in range(i, 24, 4)])
+        return np.concatenate([features.transform(images[[j]]) for j in range(i, 24, 4)])
 
-    threads = [threading.Thread(target=describe, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(describe, range(4)))
     for i in range(4):
         assert_close(found[i], expected[i::4])
 
